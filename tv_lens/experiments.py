@@ -36,7 +36,7 @@ class Score:
     def interval(self) -> tuple[float, float]:
         """The exact (Clopper-Pearson) 95% interval of the accuracy, for queries drawn independently."""
         found = success_rate_ci(self.correct, confidence=0.95)
-        return found.low, found.high
+        return found.ci_low, found.ci_high
 
     def __str__(self) -> str:
         low, high = self.interval

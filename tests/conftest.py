@@ -1,0 +1,169 @@
+"""Tiny random models of several architectures, each beside an untouched twin that plain Hugging Face runs."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import transformers
+from jaxtyping import config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+import tv_lens as tv
+
+torch.set_num_threads(2)
+
+TEXTS = (
+    "hot -> cold\nbig ->",
+    "a ->",
+    "hot -> cold\nbig -> small\ntall -> short\nwet ->",
+    "the quick brown fox ->",
+)
+
+_SIZES = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+_ROTARY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}),
+    "llama": ("LlamaConfig", _ROTARY),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        {k: v for k, v in _ROTARY.items() if k != "num_key_value_heads"} | {"use_parallel_residual": True},
+    ),
+    "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 4, "n_head": 4}),
+    "mpt": ("MptConfig", {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 128}),
+    "mistral": ("MistralConfig", _ROTARY | {"sliding_window": 6}),
+    "mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8}),
+}
+ARCHITECTURES = ("gpt2", "llama", "gpt_neox", "bloom", "mpt", "mistral")
+
+
+class Twins(NamedTuple):
+    """A model as TransformerLens runs it, and the same weights as Hugging Face does."""
+
+    bridge: TransformerBridge
+    plain: Any
+    blocks: Any  # the plain model's list of blocks
+
+
+def make_tokenizer(bos: bool = True, pad: str | None = "<pad>", side: str = "right") -> Any:
+    """A byte-level BPE tokenizer; with a BOS of its own or none, `pad` a token of its own, the EOS, or None."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    specials = ["<s>", "</s>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet)
+    inner.train_from_iterator(TEXTS * 5, trainer)
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+        )
+    tokens = {"eos_token": "</s>", **({"bos_token": "<s>"} if bos else {}), **({"pad_token": pad} if pad else {})}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, padding_side=side, **tokens)
+    made.init_kwargs["name_or_path"] = "tiny"
+    made.init_kwargs["add_bos_token"] = True
+    return made
+
+
+def make_twins(name: str, tokenizer: Any = None, seed: int = 0, **changes: Any) -> Twins:
+    """Twins of a tiny random model."""
+    kind, settings = _CONFIGS[name]
+    config = getattr(transformers, kind)(**_SIZES, **settings, **changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():  # or everything would be within 1e-4 of everything
+            parameter.data.add_(torch.randn_like(parameter) * 0.15)
+    model.config.architectures = [type(model).__name__]
+    plain = copy.deepcopy(model)
+    blocks = next(module for module in plain.modules() if isinstance(module, torch.nn.ModuleList))
+    bridge = TransformerBridge.boot_transformers(
+        f"tiny-{name}", hf_model=model, tokenizer=tokenizer or make_tokenizer(), device="cpu"
+    )
+    return Twins(bridge, plain, blocks)
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def twins(request: pytest.FixtureRequest) -> Twins:
+    return make_twins(request.param)
+
+
+@pytest.fixture
+def gpt2() -> Twins:
+    return make_twins("gpt2")
+
+
+@pytest.fixture
+def as_users_run_it() -> Iterator[None]:
+    """Without the run-time type check, which would refuse a wrong type before our own message can."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def demo() -> TransformerBridge:
+    try:
+        return tv.demo_model()
+    except tv.DemoModelError as error:
+        if "cannot be downloaded" not in str(error):
+            raise
+        pytest.skip(f"needs the network once: {error}")
+
+
+def ids_of(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> Tensor:
+    return bridge.to_tokens(text, prepend_bos=prepend_bos)
+
+
+def plain_run(twins: Twins, ids: Tensor, write: tuple[int, int, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The oracle: one unpadded text through plain Hugging Face. Gives the output of every block at the last
+    position (layer d_model) and the logits there; `write` = (layer, position, vector) overwrites one.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def hook_for(layer: int) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if write is not None and write[0] == layer:
+                hidden = hidden.clone()
+                hidden[0, write[1]] = write[2]
+                output = (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            seen[layer] = hidden[0, -1]
+            return output
+
+        return hook
+
+    handles = [block.register_forward_hook(hook_for(layer)) for layer, block in enumerate(twins.blocks)]
+    try:
+        with torch.no_grad():
+            logits = twins.plain(input_ids=ids, use_cache=False).logits[0, -1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack([seen[layer] for layer in range(len(twins.blocks))]), logits
+
+
+def plain_generate(
+    twins: Twins, ids: Tensor, new: int, write: tuple[int, int, Tensor] | None = None
+) -> list[int]:
+    """The oracle for text: greedy, the whole text again at each step, the write at the same absolute position."""
+    chosen: list[int] = []
+    for _ in range(new):
+        logits = plain_run(twins, torch.cat([ids, torch.tensor([chosen], dtype=torch.long)], dim=1), write)[1]
+        chosen.append(int(logits.argmax()))
+    return chosen

@@ -1,0 +1,236 @@
+"""The engine's laws: it reads and writes what a plain forward hook does, and a batch is nothing but its rows."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from conftest import TEXTS, Twins, ids_of, make_tokenizer, make_twins, plain_run
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+import tv_lens as tv
+from tv_lens import engines
+
+
+def whole(engine: tv.LocalEngine, texts: tuple[str, ...] = TEXTS) -> list[tuple[list[int], tv.Tokens]]:
+    return list(engines.batches(engine, texts))
+
+
+def reads(engine: tv.LocalEngine, texts: tuple[str, ...] = TEXTS) -> Tensor:
+    found = torch.empty(len(texts), engine.n_layers, engine.d_model)
+    for rows, tokens in whole(engine, texts):
+        found[rows] = engine.read(tokens)
+    return found
+
+
+def logits(engine: tv.LocalEngine, texts: tuple[str, ...] = TEXTS, patch: tv.Patch | None = None) -> Tensor:
+    found = torch.empty(len(texts), engine.bridge.cfg.d_vocab)
+    for rows, tokens in whole(engine, texts):
+        found[rows] = engine.step(tokens, patch and patch.keep(rows))[0]
+    return found
+
+
+def test_reads_are_those_of_plain_forward_hooks(twins: Twins) -> None:
+    expected = torch.stack([plain_run(twins, ids_of(twins.bridge, text))[0] for text in TEXTS])
+    torch.testing.assert_close(reads(tv.LocalEngine(twins.bridge)), expected, atol=1e-4, rtol=0)
+
+
+def test_a_patched_row_is_a_plain_hook_that_overwrites(twins: Twins) -> None:
+    engine = tv.LocalEngine(twins.bridge)
+    vectors = torch.randn(len(TEXTS), engine.d_model, generator=torch.Generator().manual_seed(1)) * 3
+    layers = torch.tensor([0, 3, 1, 3])
+    found = logits(engine, patch=tv.Patch(vectors, layers))
+    for row, text in enumerate(TEXTS):
+        ids = ids_of(twins.bridge, text)
+        write = (int(layers[row]), ids.shape[1] - 1, vectors[row])
+        torch.testing.assert_close(found[row], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
+        assert (found[row] - plain_run(twins, ids)[1]).abs().max() > 0.05  # the patch did something
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+def test_writing_back_what_was_read_changes_nothing(twins: Twins, layer: int) -> None:
+    engine = tv.LocalEngine(twins.bridge)
+    patch = tv.Patch(reads(engine)[:, layer], torch.full((len(TEXTS),), layer))
+    torch.testing.assert_close(logits(engine, patch=patch), logits(engine), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_results_do_not_hang_on_the_batch(twins: Twins, batch_size: int) -> None:
+    engine, other = tv.LocalEngine(twins.bridge), tv.LocalEngine(twins.bridge, batch_size=batch_size)
+    assert max(len(tokens.ids) for _, tokens in whole(engine)) == len(TEXTS)
+    assert max(len(tokens.ids) for _, tokens in whole(other)) == batch_size
+    torch.testing.assert_close(reads(other), reads(engine), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(other), logits(engine), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("bos", "pad", "side"),
+    [(True, "<pad>", "right"), (True, "<pad>", "left"), (True, "</s>", "right"), (True, None, "right")]
+    + [(False, "<pad>", "right"), (False, "</s>", "right"), (False, None, "left")],
+)
+def test_the_tokenizers_own_padding_has_no_say(architecture: str, bos: bool, pad: str | None, side: str) -> None:
+    tokenizer = make_tokenizer(bos, pad, side)
+    twins = make_twins(architecture, tokenizer)
+    for prepend_bos in (None, False):
+        engine = tv.LocalEngine(twins.bridge, prepend_bos=prepend_bos)
+        oracle = [plain_run(twins, ids_of(twins.bridge, text, prepend_bos)) for text in TEXTS]
+        torch.testing.assert_close(reads(engine), torch.stack([each[0] for each in oracle]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits(engine), torch.stack([each[1] for each in oracle]), atol=1e-4, rtol=0)
+
+
+def test_bos_is_prepended_once_or_not_at_all() -> None:
+    bridge = make_twins("llama").bridge
+    for prepend_bos, text, count in ((None, "a", 1), (True, "a", 1), (False, "a", 0), (True, "<s>a", 1)):
+        [tokens] = tv.LocalEngine(bridge, prepend_bos=prepend_bos).batches([text])
+        assert tokens.ids[0].tolist().count(0) == count
+    bridge = make_twins("gpt_neox", make_tokenizer(bos=False, pad=None)).bridge
+    bridge.tokenizer.bos_token = None  # TransformerLens had put the end of text there
+    with pytest.raises(ValueError, match="prepend_bos=True, but the tokenizer of tiny-gpt_neox has no BOS"):
+        tv.LocalEngine(bridge, prepend_bos=True)
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_shared_prefix_equals_a_fresh_run(twins: Twins, layer: int) -> None:
+    """Tails of unequal length, one group that begins alike in nothing, and more rows than fit one pass."""
+    shots = "hot -> cold\nbig -> small\n"
+    groups = [
+        [shots + "wet ->", shots + "a quick brown fox ->", shots + "tall ->"],
+        ["hot -> cold\na ->", "hot -> cold\nb ->", "hot -> cold\nthe fox ->"],
+        ["x", "a ->", "the quick ->"],
+    ]
+    texts = [text for group in groups for text in group]
+    vectors = torch.randn(len(texts), twins.bridge.cfg.d_model, generator=torch.Generator().manual_seed(2))
+    patch = tv.Patch(vectors, torch.full((len(texts),), layer))
+    for prepend_bos, batch_size in ((None, None), (False, 4)):
+        engine = tv.LocalEngine(twins.bridge, prepend_bos=prepend_bos, batch_size=batch_size)
+        shortest = min(tokens.ids.shape[1] for tokens, _ in engine.shared(groups))
+        seen = []
+        for rows, tokens, past in engines.shared(engine, groups):
+            again = engine.fork(past)
+            found, written = engine.read(tokens, past), engine.step(tokens, patch.keep(rows), again)[0]
+            for place, row in enumerate(rows):
+                ids = ids_of(twins.bridge, texts[row], prepend_bos)
+                torch.testing.assert_close(found[place], plain_run(twins, ids)[0], atol=1e-4, rtol=0)
+                write = (layer, ids.shape[1] - 1, vectors[row])
+                torch.testing.assert_close(written[place], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
+            seen += rows
+        assert sorted(seen) == list(range(len(texts)))
+    if twins.bridge.cfg.architecture == "LlamaForCausalLM":
+        assert shortest < ids_of(twins.bridge, texts[0]).shape[1]  # something was shared at all
+
+
+@pytest.mark.parametrize("substitutes", [2, 4])
+def test_a_shared_prefix_is_run_once(substitutes: int) -> None:
+    """P prompts of prefix n and k tails of t tokens cost P * (n + k * t) positions: here lengths are equal."""
+    bridge = make_twins("llama").bridge
+    engine = tv.LocalEngine(bridge)
+    tails = ["a", "b", "c", "d"][:substitutes]
+    groups = [[f"{first} -> cold\n{tail} ->" for tail in tails] for first in ("x", "y", "z")]
+    n_whole = ids_of(bridge, groups[0][0]).shape[1]
+    tail = ids_of(bridge, "a ->", prepend_bos=False).shape[1]
+    run = count_positions(bridge, lambda: [engine.read(t, past) for _, t, past in engines.shared(engine, groups)])
+    assert run == 3 * ((n_whole - tail) + substitutes * tail)
+
+
+def count_positions(bridge: TransformerBridge, call) -> int:  # type: ignore[no-untyped-def]
+    """How many positions, pads included, went through the first block of the model underneath."""
+    count = 0
+
+    def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal count
+        count += args[0].shape[0] * args[0].shape[1]
+
+    handle = bridge.original_model.model.layers[0].register_forward_pre_hook(hook)
+    try:
+        call()
+    finally:
+        handle.remove()
+    return count
+
+
+def test_a_fork_leaves_the_past_as_it_was(twins: Twins) -> None:
+    engine = tv.LocalEngine(twins.bridge)
+    [(_, tokens)] = whole(engine)
+    _, past = engine.step(tokens)
+    chosen = torch.tensor([5, 6, 7, 8])
+    widened = engine.fork(past, 2)
+    engine.step(tokens.then(chosen), past=engine.fork(past))
+    first, _ = engine.step(tokens.then(chosen), past=past)
+    wide = tv.Tokens(tokens.ids.repeat_interleave(2, 0), tokens.mask.repeat_interleave(2, 0))
+    both, _ = engine.step(wide.then(chosen.repeat_interleave(2)), past=widened)
+    torch.testing.assert_close(both, first.repeat_interleave(2, 0), atol=1e-5, rtol=0)
+
+
+def test_no_logits_that_nobody_reads() -> None:
+    twins = make_twins("llama")
+    engine = tv.LocalEngine(twins.bridge)
+    shapes = []
+    head = twins.bridge.original_model.lm_head
+    handle = head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    [(_, tokens)] = whole(engine)
+    engine.read(tokens)
+    engine.step(tokens)
+    handle.remove()
+    assert shapes == [(4, 0, 300), (4, 1, 300)]
+
+
+def test_a_half_precision_model_gives_float32() -> None:
+    twins = make_twins("llama")
+    twins.bridge.original_model.to(torch.float16)
+    engine = tv.LocalEngine(twins.bridge)
+    patch = tv.Patch(torch.ones(4, 32), torch.tensor([0, 1, 2, 3]))
+    assert reads(engine).dtype == logits(engine, patch=patch).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "at least one text"),
+        ("hot ->", "a list of at least one text"),
+        (["a", ""], "prompt 1 is '', which has no tokens"),
+        (["a", "b " * 100], "prompt 1 has [0-9]+ tokens and the context of tiny-gpt_neox is 128: 'b b"),
+    ],
+)
+def test_bad_texts_are_refused_before_the_model_runs(texts: list[str], message: str) -> None:
+    bridge = make_twins("gpt_neox", make_tokenizer(bos=False)).bridge
+    engine = tv.LocalEngine(bridge)
+    bridge.original_model.forward = None  # it would raise something else
+    with pytest.raises(ValueError, match=message):
+        engine.batches(texts)
+
+
+def test_what_is_no_decoder_only_language_model_is_refused(as_users_run_it: None) -> None:
+    config = transformers.T5Config(
+        vocab_size=300, d_model=32, d_ff=32, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    model.config.architectures = ["T5ForConditionalGeneration"]
+    bridge = TransformerBridge.boot_transformers("tiny-t5", hf_model=model, tokenizer=make_tokenizer(), device="cpu")
+    with pytest.raises(ValueError, match="tiny-t5 is not a decoder-only language model"):
+        tv.engine_for(bridge)
+    plain = make_twins("gpt2").plain
+    with pytest.raises(TypeError, match="cannot run a GPT2LMHeadModel; pass a TransformerBridge.*hf_model="):
+        tv.engine_for(plain)
+    with pytest.raises(TypeError, match="LocalEngine runs a TransformerBridge"):
+        tv.LocalEngine(plain)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        tv.LocalEngine(make_twins("gpt2").bridge, batch_size=0)
+
+
+def test_an_engine_of_ones_own_is_taken_as_it_is() -> None:
+    engine = tv.LocalEngine(make_twins("gpt2").bridge)
+    assert tv.engine_for(engine) is engine
+    assert isinstance(engine, tv.Engine)
+
+
+def test_a_past_without_copies_is_still_independent() -> None:
+    engine = tv.LocalEngine(make_twins("gpt2").bridge)
+    [(_, tokens)] = whole(engine)
+    _, past = engine.step(tokens)
+    before = copy.deepcopy(past)
+    engine.step(tokens.then(torch.tensor([5, 6, 7, 8])), past=engine.fork(past))
+    assert torch.equal(past.layers[0].keys, before.layers[0].keys)
