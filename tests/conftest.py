@@ -158,12 +158,15 @@ def plain_run(twins: Twins, ids: Tensor, write: tuple[int, int, Tensor] | None =
     return torch.stack([seen[layer] for layer in range(len(twins.blocks))]), logits
 
 
-def plain_generate(
-    twins: Twins, ids: Tensor, new: int, write: tuple[int, int, Tensor] | None = None
-) -> list[int]:
+def plain_generate(twins: Twins, ids: Tensor, new: int, write: tuple[int, int, Tensor] | None = None) -> list[int]:
     """The oracle for text: greedy, the whole text again at each step, the write at the same absolute position."""
     chosen: list[int] = []
     for _ in range(new):
         logits = plain_run(twins, torch.cat([ids, torch.tensor([chosen], dtype=torch.long)], dim=1), write)[1]
         chosen.append(int(logits.argmax()))
     return chosen
+
+
+def refuse(module: Any, args: Any) -> None:
+    """A hook for a model that must not run."""
+    raise AssertionError("the model was run")

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import TEXTS, Twins, ids_of, make_tokenizer, make_twins, plain_run
+from conftest import TEXTS, Twins, ids_of, make_tokenizer, make_twins, plain_run, refuse
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -198,7 +198,7 @@ def test_a_half_precision_model_gives_float32() -> None:
 def test_bad_texts_are_refused_before_the_model_runs(texts: list[str], message: str) -> None:
     bridge = make_twins("gpt_neox", make_tokenizer(bos=False)).bridge
     engine = tv.LocalEngine(bridge)
-    bridge.original_model.forward = None  # it would raise something else
+    bridge.original_model.register_forward_pre_hook(refuse)
     with pytest.raises(ValueError, match=message):
         engine.batches(texts)
 

@@ -1,0 +1,136 @@
+"""Every public call leaves the caller's model, tokenizer and random state as they were, also when it raises."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, Twins, make_tokenizer, make_twins
+
+import tv_lens as tv
+
+TASK = tv.Task("upper", ("a", "bb", "cold", "dog", "quick brown", "fox", "wet", "x"), str.upper)
+PROMPTS = TASK.sample(4, shots=2, seed=0)
+SUBSTITUTES = TASK.substitutes(PROMPTS, 2, seed=0)
+
+CALLS: dict[str, Callable[[Any, tv.TaskVectors], Any]] = {
+    "extract": lambda model, vectors: tv.extract(model, PROMPTS, SUBSTITUTES),
+    "extract_across": lambda model, vectors: tv.extract_across(model, PROMPTS),
+    "generate": lambda model, vectors: tv.generate(model, PROMPTS, max_new_tokens=3),
+    "sampled": lambda model, vectors: tv.generate(model, PROMPTS, max_new_tokens=3, sampler=tv.sample(seed=1)),
+    "patch_generate": lambda model, vectors: tv.patch_generate(model, PROMPTS, vectors, [0, 1, 2, 3]),
+    "patched_logits": lambda model, vectors: tv.patched_logits(model, PROMPTS, vectors, 1),
+    "sweep_layers": lambda model, vectors: tv.sweep_layers(model, TASK, PROMPTS, vectors, max_new_tokens=2),
+}
+
+
+def state_of(twins: Twins) -> dict[str, Any]:
+    """All that a caller could notice."""
+    bridge, tokenizer = twins.bridge, twins.bridge.tokenizer
+    modules = {
+        f"{part}.{name}": module
+        for part, model in (("bridge", bridge), ("model", bridge.original_model))
+        for name, module in model.named_modules()
+    }
+    return {
+        "training": {name: module.training for name, module in modules.items()},
+        "torch hooks": {
+            name: (list(module._forward_hooks), list(module._forward_pre_hooks), list(module._backward_hooks))
+            for name, module in modules.items()
+        },
+        "lens hooks": {name: [id(h) for h in point.fwd_hooks] for name, point in bridge.hook_dict.items()},
+        "parameters": {
+            name: (p.requires_grad, p.dtype, p.grad is None, p.sum().item())
+            for name, p in bridge.original_model.named_parameters()
+        },
+        "config": bridge.original_model.config.to_dict(),
+        "generation config": bridge.original_model.generation_config.to_dict(),
+        "cfg": dict(vars(bridge.cfg)),
+        "tokenizer": {
+            name: repr(value)
+            for name, value in vars(tokenizer).items()
+            if name not in ("_tokenizer", "deprecation_warnings")
+        },
+        "padding_side": (tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token),
+        "tokenizer inside": tokenizer.backend_tokenizer.to_str(),
+        "random": (random.getstate(), repr(np.random.get_state())),
+        "torch random": torch.get_rng_state().tolist(),
+        "grad mode": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for name, value in before.items():
+        assert after[name] == value, f"{name} changed"
+
+
+# beartype picks the list items that it checks with Python's `random`.
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
+
+
+@pytest.fixture(scope="module")
+def touched() -> Twins:
+    """A model whose owner has left it half in train mode, partly frozen, with hooks and dropout of its own."""
+    twins = make_twins("gpt2", make_tokenizer(pad="</s>"))
+    bridge = twins.bridge
+    bridge(bridge.to_tokens("a"))  # TransformerLens itself hooks the layer norms at a model's first run
+    bridge.original_model.train()
+    bridge.original_model.transformer.h[1].eval()
+    next(bridge.original_model.parameters()).requires_grad_(False)
+    bridge.add_hook("blocks.1.hook_resid_post", lambda residual, hook: residual)
+    return twins
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_is_left_changed(touched: Twins, call: str) -> None:
+    vectors = tv.TaskVectors(torch.ones(4, 4, 32), "m", "t")
+    before = state_of(touched)
+    CALLS[call](touched.bridge, vectors)
+    assert_same(before, state_of(touched))
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_is_left_changed_when_the_model_raises(touched: Twins, call: str, error: type[BaseException]) -> None:
+    def fail(module: Any, args: Any) -> None:
+        raise error("in the middle")
+
+    handle = touched.bridge.original_model.transformer.h[2].register_forward_pre_hook(fail)
+    try:
+        before = state_of(touched)
+        with pytest.raises(error, match="in the middle"):
+            CALLS[call](touched.bridge, tv.TaskVectors(torch.ones(4, 4, 32), "m", "t"))
+        assert_same(before, state_of(touched))
+    finally:
+        handle.remove()
+
+
+def test_nothing_is_left_changed_when_the_sampler_raises(touched: Twins) -> None:
+    def fail(logits: torch.Tensor, keys: Any) -> torch.Tensor:
+        raise RuntimeError("in the sampler")
+
+    before = state_of(touched)
+    with pytest.raises(RuntimeError, match="in the sampler"):
+        tv.generate(touched.bridge, PROMPTS, sampler=fail)
+    assert_same(before, state_of(touched))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_train_mode_does_not_make_answers_random(architecture: str) -> None:
+    twins = make_twins(architecture)
+    quiet = tv.extract(twins.bridge, PROMPTS, SUBSTITUTES).values
+    twins.bridge.original_model.train()
+    torch.testing.assert_close(tv.extract(twins.bridge, PROMPTS, SUBSTITUTES).values, quiet)
+    assert twins.bridge.original_model.training
+
+
+def test_results_hold_no_graph() -> None:
+    twins = make_twins("gpt2")
+    vectors = tv.extract(twins.bridge, PROMPTS, SUBSTITUTES)
+    assert not vectors.values.requires_grad
+    assert not tv.patched_logits(twins.bridge, PROMPTS, vectors, 0).requires_grad
