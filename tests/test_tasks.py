@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import make_twins
 
-from tv_lens import Task, Template, exact_match, starts_with
+from tv_lens import Task, Template, exact_match, first_token, starts_with
 
 WORDS = [f"w{i}" for i in range(30)]
 TASK = Task("upper", tuple(WORDS), str.upper)
@@ -157,6 +158,24 @@ def test_a_file_of_many_rows_reads_like_the_mapping(tmp_path: Path) -> None:
 )
 def test_what_counts_as_right(rule, prediction: str, answer: str, right: bool) -> None:  # type: ignore[no-untyped-def]
     assert rule(prediction, answer) is right
+
+
+def test_a_first_token_is_whole_and_in_its_place() -> None:
+    """By hand: the tiny tokenizer knows " cold" as one token, and "->zebra" ends in z, e, br, a."""
+    bridge = make_twins("llama").bridge
+    assert bridge.tokenizer.tokenize("x -> cold")[-1] == "Ġcold"
+    assert bridge.tokenizer.tokenize("x->zebra")[-4:] == ["z", "e", "br", "a"]
+    spaced, tight = first_token(bridge), first_token(bridge, Template("{input}->{output}"))
+    assert spaced(" cold", "cold")
+    assert spaced("zebra crossing", "zebra")
+    assert tight("z", "zebra")
+    for rule, wrong, answer in (
+        (spaced, "c", "cold"),
+        (spaced, "", "zebra"),
+        (tight, "ze", "zebra"),
+        (tight, "e", "zebra"),
+    ):
+        assert not rule(wrong, answer)
 
 
 def test_the_template_goes_into_the_prompts() -> None:

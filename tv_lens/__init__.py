@@ -12,7 +12,7 @@ from tv_lens.experiments import Score, Sweep, score, sweep_layers
 from tv_lens.extraction import extract, extract_across
 from tv_lens.generation import Completions, generate, greedy, patch_generate, patched_logits, sample
 from tv_lens.prompts import Example, Prompt, Template
-from tv_lens.tasks import Task, exact_match, starts_with
+from tv_lens.tasks import Task, exact_match, first_token, starts_with
 from tv_lens.vectors import TaskVectors
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ __all__ = [
     "exact_match",
     "extract",
     "extract_across",
+    "first_token",
     "generate",
     "greedy",
     "patch_generate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import random
@@ -12,6 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tv_lens.engines import engine_for
 from tv_lens.prompts import Example, Prompt, Template
 
 Accepts = Callable[[str, str], bool]
@@ -31,8 +35,8 @@ def starts_with(prediction: str, answer: str) -> bool:
     """Whether the prediction begins with the whole answer, or is the whole first word of it.
 
     The second half lets a completion cut short (`max_new_tokens=1`) score on an answer of several words.
-    A fragment of a word is never enough. To accept a first *token* that is less than a word, as the
-    paper does, use `tv_lens.first_token(model)`.
+    A fragment of a word is never enough; `first_token(model)` also accepts a first *token* that is less
+    than a word.
 
     >>> starts_with("cold and wet", "cold"), starts_with("New", "New York"), starts_with("T", "Taipei")
     (True, True, False)
@@ -41,6 +45,31 @@ def starts_with(prediction: str, answer: str) -> bool:
     if not answer:
         return not prediction
     return prediction.startswith(answer) or prediction == answer.split()[0]
+
+
+def first_token(model: Any, template: Template = Template()) -> Accepts:
+    """A rule for `max_new_tokens=1`: whether the prediction is the whole first token of the answer, as `model`
+    writes that behind `template`'s query, or right by `starts_with`. So "Tai" may stand for "Taipei", where that
+    is its first token, and "T" may not.
+
+    Where answers begin with a piece of their input (gerunds: "sing" of "singing"), this accepts a mere repetition.
+    """
+    engine = engine_for(model)
+
+    def ids(text: str) -> list[int]:
+        [tokens] = engine.batches([text])
+        return [int(token) for token in tokens.ids[0]]
+
+    @functools.cache
+    def first(answer: str) -> str:
+        asked, shown = ids(template.ask("x")), ids(template.show(Example("x", answer)))
+        same = next(i for i, token in enumerate(shown) if asked[i : i + 1] != [token])
+        return engine.decode(torch.tensor([shown[same : same + 1]]))[0].strip()
+
+    def accepts(prediction: str, answer: str) -> bool:
+        return starts_with(prediction, answer) or (prediction.strip() == first(answer) != "")
+
+    return accepts
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,0 +1,59 @@
+"""What the README shows is what runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from transformer_lens.model_bridge import TransformerBridge
+
+import tv_lens as tv
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICKSTART = ROOT / "examples" / "quickstart.py"
+
+
+def block(name: str) -> str:
+    return re.search(rf"^```{name}\n(.*?)^```$", README, re.M | re.S)[1]  # type: ignore[index]
+
+
+def test_the_readme_has_two_commands_of_one_line() -> None:
+    assert len(re.findall(r"^```bash", README, re.M)) == 2
+    for name in ("bash quickstart", "bash tests"):
+        assert block(name).count("\n") == 1
+    assert "```bash tests" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")  # which runs that block
+
+
+def test_the_readmes_code_is_the_quickstart() -> None:
+    assert textwrap.indent(block("python"), "    ") in QUICKSTART.read_text(encoding="utf-8")
+
+
+def test_the_quickstart_prints_what_the_readme_shows(demo: TransformerBridge) -> None:
+    """Line by line, numbers and the model's own words apart: those may differ in the last digit elsewhere."""
+    run = subprocess.run(
+        [sys.executable, str(QUICKSTART)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shown, printed = block("text").rstrip().splitlines(), run.stdout.rstrip().splitlines()
+    assert len(shown) == len(printed)
+    for expected, line in zip(shown, printed, strict=True):
+        assert outline(line) == outline(expected)
+
+
+def outline(line: str) -> str:
+    line = re.sub(r"#+", "", re.sub(r"\d+(\.\d+)?", "0", line))
+    return re.sub(r"-> .* expected", "-> ... expected", line).rstrip()
+
+
+@pytest.mark.parametrize("name", tv.__all__)
+def test_public_names_say_what_they_are(name: str) -> None:
+    assert getattr(tv, name).__doc__, name
