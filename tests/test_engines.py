@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import TEXTS, Twins, ids_of, make_tokenizer, make_twins, plain_run, refuse
+from conftest import TEXTS, Twins, ids_of, make_tokenizer, make_twins, plain_generate, plain_run, refuse
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -80,6 +80,21 @@ def test_the_tokenizers_own_padding_has_no_say(architecture: str, bos: bool, pad
         oracle = [plain_run(twins, ids_of(twins.bridge, text, prepend_bos)) for text in TEXTS]
         torch.testing.assert_close(reads(engine), torch.stack([each[0] for each in oracle]), atol=1e-4, rtol=0)
         torch.testing.assert_close(logits(engine), torch.stack([each[1] for each in oracle]), atol=1e-4, rtol=0)
+        prompts = [tv.Prompt((), text, template=tv.Template("{input}{output}", "\n\n\n")) for text in TEXTS]
+        found = tv.generate(engine, prompts, max_new_tokens=3)
+        for text, ids in zip(TEXTS, found.tokens.tolist(), strict=True):
+            expected = plain_generate(twins, ids_of(twins.bridge, text, prepend_bos), 3)
+            assert ids == expected or (
+                1 in expected and ids[: expected.index(1) + 1] == expected[: expected.index(1) + 1]
+            )
+
+
+def test_a_patch_does_not_write_into_the_models_own_tensor() -> None:
+    bridge = make_twins("llama").bridge
+    seen: list[Tensor] = []
+    bridge.add_hook("blocks.1.hook_resid_post", lambda residual, hook: seen.append(residual))
+    logits(tv.LocalEngine(bridge), patch=tv.Patch(torch.full((4, 32), 7.0), torch.ones(4, dtype=torch.long)))
+    assert not (seen[0][:, -1] == 7.0).any()
 
 
 def test_bos_is_prepended_once_or_not_at_all() -> None:
