@@ -35,7 +35,7 @@ def test_the_readmes_code_is_the_quickstart() -> None:
 
 
 def test_the_quickstart_prints_what_the_readme_shows(demo: TransformerBridge) -> None:
-    """Line by line, numbers and the model's own words apart: those may differ in the last digit elsewhere."""
+    """Line by line, but for the model's own words; accuracies may differ by two of twenty answers elsewhere."""
     run = subprocess.run(
         [sys.executable, str(QUICKSTART)],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -47,11 +47,16 @@ def test_the_quickstart_prints_what_the_readme_shows(demo: TransformerBridge) ->
     assert len(shown) == len(printed)
     for expected, line in zip(shown, printed, strict=True):
         assert outline(line) == outline(expected)
+        assert numbers(line) == pytest.approx(numbers(expected), abs=0.11 if "->" not in line else 1e9)
 
 
 def outline(line: str) -> str:
-    line = re.sub(r"#+", "", re.sub(r"\d+(\.\d+)?", "0", line))
-    return re.sub(r"-> .* expected", "-> ... expected", line).rstrip()
+    line = re.sub(r"-> .* expected", "-> ... expected", line)
+    return re.sub(r"#+|\[.*?\]|\d+\.\d+", "", line).rstrip()  # layers stay as they are
+
+
+def numbers(line: str) -> list[float]:
+    return [float(found) for found in re.findall(r"\d\.\d\d(?=$|\s)", line)]
 
 
 @pytest.mark.parametrize("name", tv.__all__)

@@ -134,11 +134,21 @@ def test_wrong_use_of_extract_says_what_to_do(  # type: ignore[no-untyped-def]
         tv.extract(Canned({}), prompts, substitutes)
 
 
-def test_layers_do_not_count_from_the_end() -> None:
+def test_layers_do_not_count_from_the_end(as_users_run_it: None) -> None:
     vectors = TaskVectors(torch.zeros(1, 3, 4), "m", "t")
-    for layer in (-1, 3):
+    for layer in (-1, 3, 1.0, True, "0"):
         with pytest.raises(ValueError, match=f"layer {layer} is not one of m: layer l .* 0 to 2"):
             vectors.at(layer)
+
+
+def test_vectors_keep_to_themselves_and_hold_no_nan() -> None:
+    mine = torch.ones(2, 3, 4)
+    vectors = TaskVectors(mine, "m", "t")
+    mine.zero_()
+    vectors.at(1).zero_()
+    assert (vectors.values == 1).all()
+    with pytest.raises(ValueError, match="vector of prompt 0 at layer 2 of m holds NaN"):
+        TaskVectors(torch.tensor([[[0.0], [1.0], [float("nan")]]]), "m", "t")
 
 
 def test_values_of_another_shape_are_refused(as_users_run_it: None) -> None:

@@ -176,6 +176,18 @@ def test_wrong_use_says_what_to_do(as_users_run_it: None) -> None:
         tv.generate(bridge, [PROMPTS[0], Prompt((), "b " * 20)], max_new_tokens=100)
 
 
+def test_vectors_of_one_layer_are_told_apart(as_users_run_it: None) -> None:
+    twins = make_twins("gpt2")
+    with pytest.raises(ValueError, match="vectors are a Tensor; pass the TaskVectors themselves"):
+        tv.patch_generate(twins.bridge, PROMPTS, vectors_for(twins, 4).at(1), 1)  # type: ignore[arg-type]
+
+
+def test_each_step_draws_anew() -> None:
+    flat = tv.sample(temperature=1e6, seed=0)
+    found = tv.generate(make_twins("llama").bridge, PROMPTS[:1], max_new_tokens=12, sampler=flat)
+    assert len(set(found.tokens[0].tolist())) > 6
+
+
 def test_a_model_without_a_cache_gives_one_token_and_refuses_more() -> None:
     twins = make_twins("mamba")
     vectors = vectors_for(twins, 4)
@@ -183,10 +195,15 @@ def test_a_model_without_a_cache_gives_one_token_and_refuses_more() -> None:
     prompts = task.sample(2, shots=2, seed=0)
     read = tv.extract(twins.bridge, prompts, task.substitutes(prompts, 2, seed=0))
     assert read.values.shape == (2, 3, 32)
-    [one] = tv.patch_generate(twins.bridge, PROMPTS[:1], vectors.mean(), 1, max_new_tokens=1).tokens.tolist()
-    ids = ids_of(twins.bridge, PROMPTS[0].text)
-    write = (1, ids.shape[1] - 1, vectors.mean().values[0, 1])
-    assert one == plain_generate(twins, ids, 1, write)
+    own = [
+        torch.stack([plain_run(twins, ids_of(twins.bridge, prompt.asking(query).text))[0] for query in queries]).mean(0)
+        for prompt, queries in zip(prompts, task.substitutes(prompts, 2, seed=0), strict=True)
+    ]
+    torch.testing.assert_close(read.values, torch.stack(own), atol=1e-4, rtol=0)
+    found = tv.patch_generate(twins.bridge, PROMPTS, vectors, 1, max_new_tokens=1).tokens
+    for i, prompt in enumerate(PROMPTS):
+        ids = ids_of(twins.bridge, prompt.text)
+        assert found[i].tolist() == plain_generate(twins, ids, 1, (1, ids.shape[1] - 1, vectors.values[i, 1]))
     for call in (
         lambda: tv.generate(twins.bridge, PROMPTS),
         lambda: tv.patch_generate(twins.bridge, PROMPTS, vectors, 1, max_new_tokens=2),

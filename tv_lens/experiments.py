@@ -1,18 +1,36 @@
-"""Find the layer a task lives at, and say how well the answers score, with intervals."""
+"""Find the layer a task lives at, and the evidence for it: accuracies with intervals, beside controls.
+
+patched (vector of the task)  against  zero-shot, a random vector, another task's, one of shuffled demonstrations
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from einops import rearrange
-from transformer_lens.utilities.statistics import success_rate_ci
+from transformer_lens.utilities.statistics import derive_generator, success_rate_ci
 
-from tv_lens.engines import Patch, engine_for, shared
-from tv_lens.generation import check_new_tokens, complete, greedy, patch_for, row_keys
-from tv_lens.prompts import Prompt, check_prompts
-from tv_lens.tasks import Task
+from tv_lens.engines import Patch, bar, engine_for, engine_name, shared
+from tv_lens.extraction import extract, extract_across
+from tv_lens.files import write_whole
+from tv_lens.generation import (
+    answer_all,
+    check_new_tokens,
+    complete,
+    generate,
+    greedy,
+    patch_for,
+    patch_generate,
+)
+from tv_lens.prompts import PAPER, Example, Prompt, Template, check_prompts
+from tv_lens.tasks import Task, first_token
 from tv_lens.vectors import TaskVectors
 
 if TYPE_CHECKING:
@@ -50,6 +68,25 @@ class Score:
 
     def _repr_html_(self) -> str:
         return f"<p>accuracy {self}</p>{self.to_pandas().to_html()}"
+
+
+def mcnemar(one: Score, other: Score) -> float:
+    """The two-sided p-value of McNemar's exact test that two conditions answer the same prompts equally well: a
+    binomial test of the prompts that only one of them gets right. 1 where there are none.
+
+    Raises:
+        ValueError: the scores are not of the same prompts.
+    """
+    from scipy.stats import binomtest
+
+    if one.answers != other.answers:
+        raise ValueError(
+            f"a paired test needs two scores of the same prompts; these are of {len(one.answers)} and "
+            f"{len(other.answers)} prompts with different answers"
+        )
+    only_one = sum(a and not b for a, b in zip(one.correct, other.correct, strict=True))
+    only_other = sum(b and not a for a, b in zip(one.correct, other.correct, strict=True))
+    return float(binomtest(only_one, only_one + only_other).pvalue) if only_one + only_other else 1.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +154,7 @@ def score(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> Score:
     if len(texts) != len(prompts):
         raise ValueError(f"{len(texts)} texts for {len(prompts)} prompts; give one for each")
     answers = tuple(task.answer(p.query) if p.answer is None else p.answer for p in prompts)
-    correct = tuple(bool(task.accepts(text, answer)) for text, answer in zip(texts, answers, strict=True))
+    correct = tuple(task.right(text, answer) for text, answer in zip(texts, answers, strict=True))
     return Score(tuple(texts), answers, correct)
 
 
@@ -141,9 +178,9 @@ def sweep_layers(
     engine = engine_for(model)
     check_prompts(prompts)
     check_new_tokens(engine, max_new_tokens)
-    chosen = range(engine.n_layers) if layers is None else [int(layer) for layer in layers]
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"layers are {list(chosen)}; give different ones, at least one, or None for all")
+    chosen = range(engine.n_layers) if layers is None else layers
+    if not isinstance(chosen, Sequence) or not len(chosen) or len(set(chosen)) < len(chosen):
+        raise ValueError(f"layers are {chosen!r}; give a list of different ones, at least one, or None for all")
     patches = [patch_for(engine, len(prompts), vectors, layer) for layer in chosen]
     patch = Patch(
         rearrange([patch.vectors for patch in patches], "layer prompt d_model -> (prompt layer) d_model"),
@@ -151,7 +188,6 @@ def sweep_layers(
     )
     asked = [prompt.zero_shot() for prompt in prompts for _ in chosen]
     groups = [[prompt.zero_shot().text] * len(chosen) for prompt in prompts]
-    keys = row_keys([prompt.text for prompt in asked])
     answers = [""] * len(asked)
     for rows, tokens, past in shared(engine, groups, room=max_new_tokens - 1):
         found, _ = complete(
@@ -160,7 +196,7 @@ def sweep_layers(
             patch.keep(rows),
             past,
             [asked[row] for row in rows],
-            [keys[row] for row in rows],
+            [""] * len(rows),  # greedy needs no keys
             max_new_tokens,
             greedy,
         )
@@ -169,4 +205,506 @@ def sweep_layers(
     return Sweep(
         tuple(chosen),
         tuple(score(task, prompts, answers[i :: len(chosen)]) for i in range(len(chosen))),
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of the same prompts under several conditions, patched at one layer."""
+
+    layer: int
+    zero_shot: Score
+    few_shot: Score
+    patched: Score
+    controls: Mapping[str, Score]
+
+    @property
+    def conditions(self) -> dict[str, Score]:
+        """All scores by name: zero-shot, few-shot, patched and the controls."""
+        return {"zero-shot": self.zero_shot, "few-shot": self.few_shot, "patched": self.patched, **self.controls}
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's exact test, patched against zero-shot."""
+        return mcnemar(self.patched, self.zero_shot)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each condition: layer (none where nothing is patched), n, accuracy with its 95% interval (low,
+        high), and p_value, McNemar's exact test of patched against it.
+        """
+        import pandas as pd
+
+        unpatched = ("zero-shot", "few-shot")
+        rows = [
+            {
+                "condition": name,
+                "layer": None if name in unpatched else self.layer,
+                "n": len(score.correct),
+                "accuracy": score.accuracy,
+                "low": score.interval[0],
+                "high": score.interval[1],
+                "p_value": None if name == "patched" else mcnemar(self.patched, score),
+            }
+            for name, score in self.conditions.items()
+        ]
+        return pd.DataFrame(rows).astype({"layer": "Int64", "p_value": "Float64"})
+
+    def _repr_html_(self) -> str:
+        return self.to_pandas().to_html(index=False)
+
+
+def evaluate(
+    model: Any,
+    task: Task,
+    prompts: Sequence[Prompt],
+    vectors: TaskVectors,
+    layer: int,
+    *,
+    max_new_tokens: int = 8,
+    controls: Mapping[str, TaskVectors] | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """How well the queries of few-shot `prompts` are answered zero-shot, few-shot, and zero-shot with `vectors`
+    written in at `layer`. Use prompts that had no part in extracting the vectors or in choosing the layer.
+
+    Controls at the same layer: `random`, for each row another random direction of the vector's own length;
+    `shuffled`, the vector of these prompts' demonstrations with their outputs exchanged (where they have two or
+    more); and what `controls` names, such as the vectors of another task.
+
+    Raises:
+        ValueError: as `patch_generate`, or prompts without demonstrations.
+    """
+    engine = engine_for(model)
+    check_prompts(prompts)
+    check_new_tokens(engine, max_new_tokens)
+    patch_for(engine, len(prompts), vectors, layer)  # refuses what cannot be patched before anything is run
+    if not all(prompt.examples for prompt in prompts):
+        raise ValueError("few-shot accuracy needs demonstrations; sample the prompts with shots=1 or more")
+    tried = {"random": random_like(vectors, len(prompts), seed), **(controls or {})}
+    if "shuffled" not in tried and min(prompt.shots for prompt in prompts) > 1:
+        mixed = extract(engine, shuffle_outputs(prompts, seed), task.substitutes(prompts, 1, seed=seed))
+        tried["shuffled"] = mixed.mean() if len(vectors) == 1 else mixed
+
+    def patched(each: TaskVectors) -> Score:
+        texts = patch_generate(engine, prompts, each, layer, max_new_tokens=max_new_tokens)
+        return score(task, prompts, texts)
+
+    def unpatched(asked: Sequence[Prompt]) -> Score:
+        return score(task, prompts, generate(engine, asked, max_new_tokens=max_new_tokens))
+
+    return Evaluation(
+        layer,
+        zero_shot=unpatched([prompt.zero_shot() for prompt in prompts]),
+        few_shot=unpatched(prompts),
+        patched=patched(vectors),
+        controls={name: patched(each) for name, each in tried.items()},
+    )
+
+
+def random_like(vectors: TaskVectors, n: int, seed: int) -> TaskVectors:
+    """`n` random vectors, at each layer as long as the given ones: a direction of its own for each prompt."""
+    shape = (n, vectors.n_layers, vectors.d_model)
+    noise = torch.randn(shape, generator=derive_generator(seed, "random control"))
+    length = vectors.values.norm(dim=-1, keepdim=True)
+    return replace(
+        vectors,
+        values=noise / noise.norm(dim=-1, keepdim=True) * length,
+        task="random",
+        prompts=(),
+        substitutes=(),
+        method=f"random, as long as {vectors.method} of {vectors.task!r}",
+    )
+
+
+def shuffle_outputs(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """The prompts with the outputs of their demonstrations exchanged, so that none keeps its own place.
+
+    Raises:
+        ValueError: a prompt with fewer than two demonstrations.
+    """
+    draw = random.Random(f"shuffle outputs:{seed}")
+    mixed = []
+    for i, prompt in enumerate(prompts):
+        if prompt.shots < 2:
+            raise ValueError(f"prompt {i} has {prompt.shots} demonstrations; outputs are exchanged among 2 or more")
+        order = draw.sample(range(prompt.shots), prompt.shots)
+        outputs = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle through all
+        examples = [Example(each.input, prompt.examples[outputs[j]].output) for j, each in enumerate(prompt.examples)]
+        mixed.append(replace(prompt, examples=tuple(examples)))
+    return mixed
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Answers to the same few-shot prompts, as they are and with a rival task's vector written in; each scored
+    as answers to the demonstrated task and as answers to the rival.
+    """
+
+    task: str
+    rival: str
+    layer: int
+    plain_task: Score
+    plain_rival: Score
+    patched_task: Score
+    patched_rival: Score
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each of plain and patched, and each task scored: accuracy with its 95% interval (low, high)."""
+        import pandas as pd
+
+        rows = [
+            (run, name, role, len(score.correct), score.accuracy, *score.interval)
+            for run, name, role, score in (
+                ("plain", self.task, "demonstrated", self.plain_task),
+                ("plain", self.rival, "vector's", self.plain_rival),
+                ("patched", self.task, "demonstrated", self.patched_task),
+                ("patched", self.rival, "vector's", self.patched_rival),
+            )
+        ]
+        return pd.DataFrame(rows, columns=["run", "scored as", "task is the", "n", "accuracy", "low", "high"])
+
+    def _repr_html_(self) -> str:
+        title = f"<p>demonstrations of {self.task}, vector of {self.rival} at layer {self.layer}</p>"
+        return title + self.to_pandas().to_html(index=False)
+
+
+def conflict(
+    model: Any,
+    task: Task,
+    rival: Task,
+    prompts: Sequence[Prompt],
+    vectors: TaskVectors,
+    layer: int,
+    *,
+    max_new_tokens: int = 8,
+) -> Conflict:
+    """Which wins, demonstrations of `task` or the vector of `rival`? The few-shot `prompts` keep their
+    demonstrations, and `vectors` of the rival are written at their last position (Hendel et al. 2023,
+    section 5.1, conflicting tasks).
+
+    Raises:
+        ValueError: as `patch_generate`, prompts without demonstrations, or a query the rival has no answer to.
+    """
+    engine = engine_for(model)
+    check_prompts(prompts)
+    patch = patch_for(engine, len(prompts), vectors, layer)
+    if not all(prompt.examples for prompt in prompts):
+        raise ValueError("conflicting demonstrations are needed; sample the prompts with shots=1 or more")
+    unanswered = [prompt.query for prompt in prompts if prompt.query not in rival.inputs]
+    if unanswered:
+        raise ValueError(
+            f"{len(unanswered)} queries are no inputs of the rival {rival.name!r} ({unanswered[0]!r}, ...); "
+            "conflicting tasks share their inputs, as present_to_past and present_to_gerund do"
+        )
+    as_rival = [replace(prompt, answer=rival.answer(prompt.query)) for prompt in prompts]
+    plain = answer_all(engine, prompts, None, max_new_tokens)
+    patched = answer_all(engine, prompts, patch, max_new_tokens)
+    return Conflict(
+        task.name,
+        rival.name,
+        layer,
+        plain_task=score(task, prompts, plain),
+        plain_rival=score(rival, as_rival, plain),
+        patched_task=score(task, prompts, patched),
+        patched_rival=score(rival, as_rival, patched),
+    )
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What an experiment found for one task: the sweep on dev prompts, the evaluation on test prompts, and those
+    prompts' texts.
+    """
+
+    task: str
+    category: str
+    sweep: Sweep
+    evaluation: Evaluation
+    other_task: str | None
+    dev_prompts: tuple[str, ...]
+    test_prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The results of `run_experiment`, with all that it takes to repeat it in `settings`, and each task's vector."""
+
+    settings: Mapping[str, Any]
+    results: tuple[TaskResult, ...]
+    vectors: Mapping[str, TaskVectors] = field(default_factory=dict, compare=False)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One tidy table: a row for each task and condition, the columns of `Evaluation.to_pandas` beside the task,
+        its category, and the settings that tell runs apart.
+        """
+        import pandas as pd
+
+        told = ("model", "scoring", "method", "shots", "seed")
+        tables = [
+            result.evaluation.to_pandas().assign(
+                task=result.task, category=result.category, **{name: self.settings[name] for name in told}
+            )
+            for result in self.results
+        ]
+        table = pd.concat(tables, ignore_index=True)
+        return table[["task", "category", *(name for name in table if name not in ("task", "category"))]]
+
+    def summary(self) -> pd.DataFrame:
+        """A row for each task, to read: accuracies with 95% intervals, the layer (and how many tie with it), the
+        controls, and p of patched against zero-shot.
+        """
+        import pandas as pd
+
+        rows = []
+        for result in self.results:
+            found, ties = result.evaluation, len(result.sweep.ties) - 1
+            rows.append(
+                {
+                    "task": result.task,
+                    "n": len(found.patched.correct),
+                    **{name: str(found.conditions[name]) for name in ("zero-shot", "few-shot", "patched")},
+                    "layer": f"{found.layer}" + (f" (+{ties})" if ties else ""),
+                    **{name: f"{score.accuracy:.2f}" for name, score in found.controls.items()},
+                    "p": f"{found.p_value:.1g}",
+                }
+            )
+        return pd.DataFrame(rows).fillna("")
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as `.json`, which `load` reads, or the tidy table as `.parquet` (extra `parquet`).
+
+        Raises:
+            ValueError: another kind of file.
+            ImportError: the extra is missing.
+        """
+        path = Path(path)
+        if path.suffix == ".json":
+            whole = {"settings": dict(self.settings), "results": [asdict(result) for result in self.results]}
+            write_whole(path, json.dumps(whole, ensure_ascii=False, indent=1).encode())
+        elif path.suffix == ".parquet":
+            try:
+                content = self.to_pandas().to_parquet(index=False)
+            except ImportError as error:
+                raise ImportError('a Parquet file needs pyarrow; pip install "tv_lens[parquet]"') from error
+            write_whole(path, content)
+        else:
+            raise ValueError(f"{path}: results are saved as .json or .parquet, not {path.suffix!r}")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Experiment:
+        """Read what `save` wrote as `.json`; the vectors are files of their own, in the experiment's folder.
+
+        Raises:
+            ValueError: another kind of file, or a damaged one.
+        """
+        try:
+            whole = json.loads(Path(path).read_bytes())
+            return cls(whole["settings"], tuple(_from_json(result) for result in whole["results"]))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path}: no saved experiment, or a damaged one ({error!r})") from error
+
+    def _repr_html_(self) -> str:
+        about = ", ".join(f"{name} {self.settings[name]}" for name in ("model", "scoring", "shots", "seed"))
+        return f"<p>{about}</p>{self.summary().to_html(index=False)}"
+
+
+def run_experiment(
+    model: Any,
+    tasks: Sequence[Task],
+    *,
+    shots: int = 5,
+    n_dev: int = 50,
+    n_test: int = 50,
+    seed: int = 0,
+    substitutes: int = 2,
+    across: bool = False,
+    template: Template = PAPER,
+    max_new_tokens: int = 8,
+    layers: Sequence[int] | None = None,
+    folder: str | Path | None = None,
+) -> Experiment:
+    """The paper's main experiment (Hendel et al. 2023, section 3), for each task:
+
+    its inputs are parted into dev and test with none in common; the mean task vector of `n_dev` dev prompts is
+    extracted (with `substitutes`, or `across` prompts) and written in at every layer for the dev queries; at the
+    best layer it is evaluated, once, on `n_test` test prompts, beside controls. A task with fewer inputs gets as
+    many prompts as it has inputs on either side. The control `other task` takes the vector of the task half the
+    list away.
+
+    With `max_new_tokens=1` answers are scored by their first token (`first_token`), else in full by each task's
+    own rule; `settings["scoring"]` says which. Same seed, same table.
+
+    With a `folder`, each finished task is kept there, and a run with the same settings goes on where it was
+    interrupted.
+
+    Raises:
+        ValueError: no tasks or two of one name, too few inputs, or a folder of another run; the message says
+            which settings differ.
+    """
+    engine = engine_for(model)
+    names = [task.name for task in tasks]
+    if not tasks or len(set(names)) < len(names):
+        raise ValueError(f"tasks are {names}; give at least one, each with a name of its own")
+    check_new_tokens(engine, max_new_tokens)
+    settings = {
+        "model": engine_name(engine),
+        "n_layers": engine.n_layers,
+        "d_model": engine.d_model,
+        "prepend_bos": getattr(engine, "prepend_bos", None),
+        "tasks": names,
+        "data": {task.name: _fingerprint(task) for task in tasks},
+        "rules": {task.name: getattr(task.accepts, "__name__", repr(task.accepts)) for task in tasks},
+        "shots": shots,
+        "n_dev": n_dev,
+        "n_test": n_test,
+        "seed": seed,
+        "method": "extract_across" if across else "extract",
+        "substitutes": 0 if across else substitutes,
+        "template": asdict(template),
+        "max_new_tokens": max_new_tokens,
+        "scoring": "first token" if max_new_tokens == 1 else "full answer",
+        "layers": None if layers is None else [int(layer) for layer in layers],
+    }
+    kept = _Kept(None if folder is None else Path(folder), settings)
+    if max_new_tokens == 1:
+        tasks = [replace(task, accepts=first_token(engine, template)) for task in tasks]
+    halves = [_Halves(task, shots, n_dev, n_test, seed, template) for task in tasks]  # too few inputs show here
+
+    def vector_of(i: int) -> TaskVectors:
+        if names[i] not in kept.vectors:
+            dev, prompts = halves[i].dev, halves[i].dev_prompts
+            found = (
+                extract_across(engine, prompts)
+                if across
+                else extract(engine, prompts, dev.substitutes(prompts, substitutes, seed=seed))
+            )
+            kept.keep_vector(names[i], found.mean())
+        return kept.vectors[names[i]]
+
+    with bar(engine, len(tasks), "task") as shown:
+        for i, (task, half) in enumerate(zip(tasks, halves, strict=True)):
+            if task.name not in kept.results:
+                vector = vector_of(i)
+                sweep = sweep_layers(engine, half.dev, half.dev_prompts, vector, layers, max_new_tokens=max_new_tokens)
+                other = (i + len(tasks) // 2) % len(tasks)
+                controls = {"other task": vector_of(other)} if other != i else {}
+                if shots > 1:
+                    mixed = shuffle_outputs(half.dev_prompts, seed)
+                    asked = half.dev.substitutes(mixed, max(1, substitutes), seed=seed)
+                    controls["shuffled"] = extract(engine, mixed, asked).mean()
+                evaluation = evaluate(
+                    engine,
+                    half.test,
+                    half.test_prompts,
+                    vector,
+                    sweep.best,
+                    max_new_tokens=max_new_tokens,
+                    controls=controls,
+                    seed=seed,
+                )
+                kept.keep_result(
+                    TaskResult(
+                        task.name,
+                        task.category,
+                        sweep,
+                        evaluation,
+                        names[other] if other != i else None,
+                        tuple(prompt.text for prompt in half.dev_prompts),
+                        tuple(prompt.text for prompt in half.test_prompts),
+                    )
+                )
+            shown.update()
+    return Experiment(settings, tuple(kept.results[name] for name in names), dict(kept.vectors))
+
+
+class _Halves:
+    """A task's dev and test halves, and the prompts from each."""
+
+    def __init__(self, task: Task, shots: int, n_dev: int, n_test: int, seed: int, template: Template) -> None:
+        if n_dev < 1 or n_test < 1 or shots < 1:
+            raise ValueError(f"n_dev={n_dev}, n_test={n_test} and shots={shots} are each 1 or more")
+        self.dev, self.test = task.split(n_dev / (n_dev + n_test), seed=seed)
+        self.dev_prompts = self.dev.sample(min(n_dev, len(self.dev)), shots=shots, seed=seed, template=template)
+        self.test_prompts = self.test.sample(min(n_test, len(self.test)), shots=shots, seed=seed, template=template)
+
+
+class _Kept:
+    """What a run has found so far: in memory, and in a folder where there is one, a file a task."""
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+        self.folder, self.results, self.vectors = folder, dict[str, TaskResult](), dict[str, TaskVectors]()
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = folder / "settings.json"
+        if whole.exists():
+            try:
+                before = json.loads(whole.read_bytes())
+                differ = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{whole}: no settings of an experiment ({error}); use another folder") from error
+            if differ:
+                told = "; ".join(f"{name} was {before.get(name)}, is {settings.get(name)}" for name in differ)
+                raise ValueError(f"{folder} holds a run with other settings ({told}); use another folder for this one")
+        elif any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no experiment; use another folder")
+        else:
+            write_whole(whole, json.dumps(settings, ensure_ascii=False, indent=1).encode())
+        for name in settings["tasks"]:
+            if self._path(name, "json").exists():
+                self.results[name] = _read_result(self._path(name, "json"))
+            if self._path(name, "safetensors").exists():
+                self.vectors[name] = TaskVectors.load(self._path(name, "safetensors"))
+
+    def keep_result(self, result: TaskResult) -> None:
+        self.results[result.task] = result
+        if self.folder is not None:
+            content = json.dumps(asdict(result), ensure_ascii=False, indent=1).encode()
+            write_whole(self._path(result.task, "json"), content)
+
+    def keep_vector(self, name: str, vectors: TaskVectors) -> None:
+        self.vectors[name] = vectors
+        if self.folder is not None:
+            vectors.save(self._path(name, "safetensors"))
+
+    def _path(self, name: str, kind: str) -> Path:
+        assert self.folder is not None
+        # A task's name may hold what a file's may not; the digest keeps two such names apart.
+        plain = "".join(char if char.isalnum() or char in "-_" else "_" for char in name)[:80]
+        mark = "" if plain == name else "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+        return self.folder / f"task-{plain}{mark}.{kind}"
+
+
+def _fingerprint(task: Task) -> str:
+    pairs = [(text, task.answer(text), *task.accepted.get(task.answer(text), ())) for text in task.inputs]
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+
+
+def _read_result(path: Path) -> TaskResult:
+    try:
+        return _from_json(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: a damaged result ({error!r}); delete it to have the task run again") from error
+
+
+def _from_json(data: Mapping[str, Any]) -> TaskResult:
+    def score_of(each: Mapping[str, Any]) -> Score:
+        return Score(tuple(each["texts"]), tuple(each["answers"]), tuple(each["correct"]))
+
+    found, swept = data["evaluation"], data["sweep"]
+    evaluation = Evaluation(
+        found["layer"],
+        zero_shot=score_of(found["zero_shot"]),
+        few_shot=score_of(found["few_shot"]),
+        patched=score_of(found["patched"]),
+        controls={name: score_of(each) for name, each in found["controls"].items()},
+    )
+    return TaskResult(
+        data["task"],
+        data["category"],
+        Sweep(tuple(swept["layers"]), tuple(map(score_of, swept["scores"]))),
+        evaluation,
+        data["other_task"],
+        tuple(data["dev_prompts"]),
+        tuple(data["test_prompts"]),
     )

@@ -88,7 +88,7 @@ def generate(
     """
     engine = engine_for(model)
     check_prompts(prompts)
-    return _complete_all(engine, prompts, None, max_new_tokens, sampler)
+    return answer_all(engine, prompts, None, max_new_tokens, sampler)
 
 
 def patch_generate(
@@ -114,7 +114,7 @@ def patch_generate(
     engine = engine_for(model)
     check_prompts(prompts)
     patch = patch_for(engine, len(prompts), vectors, layer)
-    return _complete_all(engine, [prompt.zero_shot() for prompt in prompts], patch, max_new_tokens, sampler)
+    return answer_all(engine, [prompt.zero_shot() for prompt in prompts], patch, max_new_tokens, sampler)
 
 
 def patched_logits(
@@ -143,6 +143,10 @@ def patch_for(engine: Engine, n: int, vectors: TaskVectors, layer: int | Sequenc
         ValueError: vectors of another model or another number, or a layer out of range.
     """
     name = engine_name(engine)
+    if not isinstance(vectors, TaskVectors):
+        raise ValueError(
+            f"vectors are a {type(vectors).__name__}; pass the TaskVectors themselves, the layer is chosen by `layer`"
+        )
     vectors.check_fits(name, engine.n_layers, engine.d_model)
     if len(vectors) not in (1, n):
         raise ValueError(
@@ -216,13 +220,14 @@ def check_new_tokens(engine: Engine, max_new_tokens: int) -> None:
         )
 
 
-def _complete_all(
+def answer_all(
     engine: Engine,
     prompts: Sequence[Prompt],
     patch: Patch | None,
     max_new_tokens: int,
-    sampler: Sampler,
+    sampler: Sampler = greedy,
 ) -> Completions:
+    """Answers to the prompts as they are, demonstrations included, patched where there is a patch."""
     check_new_tokens(engine, max_new_tokens)
     texts = [prompt.text for prompt in prompts]
     keys = row_keys(texts)

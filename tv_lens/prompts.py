@@ -79,6 +79,10 @@ class Template:
         return answer.removesuffix(after.strip()).rstrip()
 
 
+# How the paper writes its prompts.
+PAPER = Template("example:{input}->{output}")
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Demonstrations and a query; `answer` is the expected output, `task` the task it was sampled from.

@@ -1,4 +1,4 @@
-"""A task: finite inputs, a function on them, and a rule for accepting answers."""
+"""A task: finite inputs, a function on them, and a rule for accepting answers; and a library of tasks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import functools
 import io
 import json
 import random
+import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,8 @@ def exact_match(prediction: str, answer: str) -> bool:
 
 
 def starts_with(prediction: str, answer: str) -> bool:
-    """Whether the prediction begins with the whole answer, or is the whole first word of it.
+    """Whether the prediction begins with the whole answer, or is the whole first word of it. A longer word or
+    number ("colder", "30") does not begin with the answer "cold" or "3".
 
     The second half lets a completion cut short (`max_new_tokens=1`) score on an answer of several words.
     A fragment of a word is never enough; `first_token(model)` also accepts a first *token* that is less
@@ -40,11 +44,19 @@ def starts_with(prediction: str, answer: str) -> bool:
 
     >>> starts_with("cold and wet", "cold"), starts_with("New", "New York"), starts_with("T", "Taipei")
     (True, True, False)
+    >>> starts_with("cold_water()", "cold"), starts_with("colder", "cold"), starts_with("30", "3")
+    (True, False, False)
     """
     prediction, answer = prediction.strip(), answer.strip()
     if not answer:
         return not prediction
-    return prediction.startswith(answer) or prediction == answer.split()[0]
+    begins = prediction.startswith(answer) and not _goes_on(answer[-1], prediction[len(answer) :])
+    return begins or prediction == answer.split()[0]
+
+
+def _goes_on(last: str, rest: str) -> bool:
+    """Whether `rest` goes on with the word or number that `last` ends, in scripts that put spaces between words."""
+    return all(unicodedata.category(char) in ("Lu", "Ll", "Lt", "Nd") for char in (last, rest[:1] or " "))
 
 
 def first_token(model: Any, template: Template = Template()) -> Accepts:
@@ -52,7 +64,8 @@ def first_token(model: Any, template: Template = Template()) -> Accepts:
     writes that behind `template`'s query, or right by `starts_with`. So "Tai" may stand for "Taipei", where that
     is its first token, and "T" may not.
 
-    Where answers begin with a piece of their input (gerunds: "sing" of "singing"), this accepts a mere repetition.
+    A first token that is only part of a character is not accepted. Where answers begin with a piece of their
+    input (gerunds: "sing" of "singing"), this accepts a mere repetition.
     """
     engine = engine_for(model)
 
@@ -63,11 +76,14 @@ def first_token(model: Any, template: Template = Template()) -> Accepts:
     @functools.cache
     def first(answer: str) -> str:
         asked, shown = ids(template.ask("x")), ids(template.show(Example("x", answer)))
-        same = next(i for i, token in enumerate(shown) if asked[i : i + 1] != [token])
+        same = next((i for i, token in enumerate(shown) if asked[i : i + 1] != [token]), len(shown) - 1)
         return engine.decode(torch.tensor([shown[same : same + 1]]))[0].strip()
 
     def accepts(prediction: str, answer: str) -> bool:
-        return starts_with(prediction, answer) or (prediction.strip() == first(answer) != "")
+        token = first(answer)
+        # Part of a character reads as U+FFFD whichever it is, so it cannot be told right from wrong.
+        told = token and "\ufffd" not in token
+        return starts_with(prediction, answer) or bool(told and prediction.strip() == token)
 
     return accepts
 
@@ -75,6 +91,8 @@ def first_token(model: Any, template: Template = Template()) -> Accepts:
 @dataclass(frozen=True, repr=False)
 class Task:
     """A finite list of different inputs, the function that answers them, and what counts as right.
+
+    `accepted` holds, by answer, what is right as well; `category` is what kind of task it is.
 
     Raises:
         ValueError: an input stands twice, so that demonstrations could give the answer away.
@@ -84,6 +102,8 @@ class Task:
     inputs: tuple[str, ...]
     answer: Callable[[str], str]
     accepts: Accepts = exact_match
+    accepted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    category: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", tuple(self.inputs))
@@ -100,30 +120,57 @@ class Task:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    @classmethod
-    def from_mapping(cls, name: str, mapping: Mapping[str, str], *, accepts: Accepts = exact_match) -> Task:
-        """A task that looks its answers up.
+    def right(self, prediction: str, answer: str) -> bool:
+        """Whether the task's rule accepts the prediction for the answer, or for another that is right as well."""
+        return any(self.accepts(prediction, each) for each in (answer, *self.accepted.get(answer, ())))
 
-        >>> Task.from_mapping("antonyms", {"hot": "cold", "big": "small"}).answer("hot")
-        'cold'
+    @classmethod
+    def from_mapping(
+        cls,
+        name: str,
+        mapping: Mapping[str, str | Sequence[str]],
+        *,
+        accepts: Accepts = exact_match,
+        category: str = "",
+    ) -> Task:
+        """A task that looks its answers up. Of several answers in a list the first is shown in demonstrations
+        and all are accepted.
+
+        >>> task = Task.from_mapping("antonyms", {"hot": "cold", "big": ["small", "little"]})
+        >>> task.answer("big"), task.right("little", "small"), task.right("cold", "small")
+        ('small', True, False)
 
         Raises:
-            ValueError: an input or an output is not a text.
+            ValueError: an input or an answer is not a text, or one answer has other alternatives elsewhere.
         """
-        table = dict(mapping)
-        for text, output in table.items():
-            if not isinstance(text, str) or not isinstance(output, str):
+        table: dict[str, str] = {}
+        accepted: dict[str, tuple[str, ...]] = {}
+        for text, output in mapping.items():
+            answers = [output] if isinstance(output, str) else output
+            if not (
+                isinstance(answers, (list, tuple))
+                and answers
+                and all(isinstance(each, str) for each in [text, *answers])
+            ):
                 raise ValueError(
                     f"task {name!r}: {text!r} -> {output!r} is not a pair of texts; write numbers in quotes"
                 )
-        return cls(name, tuple(table), table.__getitem__, accepts)
+            table[text], others = answers[0], tuple(answers[1:])
+            if accepted.setdefault(answers[0], others) != others:
+                raise ValueError(
+                    f"task {name!r}: the answer {answers[0]!r} of {text!r} has the alternatives {others}, and "
+                    f"elsewhere {accepted[answers[0]]}; give it the same everywhere, or another first answer"
+                )
+        others_only = {answer: others for answer, others in accepted.items() if others}
+        return cls(name, tuple(table), table.__getitem__, accepts, others_only, category)
 
     @classmethod
     def from_file(cls, path: str | Path, *, accepts: Accepts = exact_match) -> Task:
         """The task in a file, named after it.
 
-        `.json` is an object of inputs and outputs or a list of pairs; `.csv` has two columns, and a first
-        row `input,output` is taken as a header. UTF-8, with or without a byte order mark.
+        `.json` is an object of inputs and outputs or a list of pairs, where a list of outputs holds
+        alternatives, the first the one to show; `.csv` has two columns, and a first row `input,output` is
+        taken as a header. UTF-8, with or without a byte order mark.
 
         Raises:
             ValueError: another kind of file, text that cannot be read, a row that is no pair of non-empty
@@ -141,20 +188,19 @@ class Task:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-        seen: dict[str, str] = {}
+        seen: dict[str, str | Sequence[str]] = {}
         for where, pair in pairs:
-            if not (
-                isinstance(pair, (list, tuple))
-                and len(pair) == 2
-                and all(isinstance(text, str) and text.strip() for text in pair)
-            ):
+            if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and _is_text(pair[0]) and _are_texts(pair[1])):
                 raise ValueError(f"{path}, {where}: {pair!r} is not a pair of non-empty texts, input and output")
             if pair[0] in seen:
                 raise ValueError(f"{path}, {where}: input {pair[0]!r} stands a second time; keep one")
             seen[pair[0]] = pair[1]
         if not seen:
             raise ValueError(f"{path}: no pairs in it")
-        return cls.from_mapping(path.stem, seen, accepts=accepts)
+        try:
+            return cls.from_mapping(path.stem, seen, accepts=accepts)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def sample(self, n: int, *, shots: int, seed: int, template: Template = Template()) -> list[Prompt]:
         """`n` prompts with different queries, each after `shots` different demonstrations, none of them
@@ -236,6 +282,14 @@ class Task:
         return random.Random(f"{purpose}:{self.name}:{seed}")
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_texts(value: object) -> bool:
+    return _is_text(value) or (isinstance(value, list) and bool(value) and all(map(_is_text, value)))
+
+
 def _some(texts: Sequence[str], most: int = 5) -> str:
     return ", ".join(map(repr, texts[:most])) + (", ..." if len(texts) > most else "")
 
@@ -264,3 +318,87 @@ def _csv_pairs(text: str) -> list[tuple[str, Any]]:
     if rows and [cell.strip().lower() for cell in rows[0][1]] == ["input", "output"]:
         rows = rows[1:]
     return rows
+
+
+# The library: the paper's tasks (Hendel et al. 2023, table 1) and some more, lists of our own.
+
+
+@functools.cache
+def _table(name: str) -> list[dict[str, list[str]]]:
+    """A file of `data/`: a row for each word or name, `|` between alternatives."""
+    text = (files("tv_lens") / "data" / f"{name}.csv").read_text(encoding="utf-8")
+    return [{column: cell.split("|") for column, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
+
+
+def _listed(table: str, source: str, target: str) -> dict[str, str | Sequence[str]]:
+    return {row[source][0]: row[target] for row in _table(table)}
+
+
+def _computed(inputs: Sequence[str], answer: Callable[[str], str]) -> dict[str, str | Sequence[str]]:
+    return {text: answer(text) for text in inputs}
+
+
+def _lists(items: Sequence[str]) -> list[str]:
+    """A hundred different lists of 2 to 6 different items, the same in every process."""
+    draw = random.Random(f"lists of {len(items)} items")
+    found = {", ".join(draw.sample(items, draw.randint(2, 6))): None for _ in range(200)}
+    return list(found)[:100]
+
+
+def library() -> dict[str, Task]:
+    """The built-in tasks by name, in the paper's four categories, all scored by `starts_with`.
+
+    Algorithmic tasks are generated; the others look up lists of at least 60 pairs. Tasks on single letters have
+    25 or 26 inputs (50 where upper and lower case make different ones).
+
+    >>> task = library()["antonyms"]
+    >>> task.category, task.answer("happy"), task.right("unhappy", "sad")
+    ('linguistic', 'sad', True)
+    """
+    low, both = string.ascii_lowercase, (string.ascii_lowercase, string.ascii_uppercase)
+    letters, numbers = _lists(low), _lists([str(i) for i in range(100)])
+    places = {letter: str(i) for i, letter in enumerate(low, start=1)}
+    algorithmic = {
+        "next_letter": _computed([c for case in both for c in case[:-1]], lambda c: chr(ord(c) + 1)),
+        "previous_letter": _computed([c for case in both for c in case[1:]], lambda c: chr(ord(c) - 1)),
+        "list_first": _computed(letters, lambda text: text.split(", ")[0]),
+        "list_last": _computed(letters, lambda text: text.split(", ")[-1]),
+        "list_min": _computed(numbers, lambda text: min(text.split(", "), key=int)),
+        "list_max": _computed(numbers, lambda text: max(text.split(", "), key=int)),
+        "list_length": _computed(letters, lambda text: str(len(text.split(", ")))),
+        "to_upper": _computed(low, str.upper),
+        "to_lower": _computed(low.upper(), str.lower),
+        "char_to_int": _computed(low, places.__getitem__),
+        "int_to_char": _computed(list(places.values()), lambda number: low[int(number) - 1]),
+    }
+    linguistic = {
+        "present_to_gerund": _listed("verbs", "present", "gerund"),
+        "present_to_past": _listed("verbs", "present", "past"),
+        "present_to_past_participle": _listed("verbs", "present", "participle"),
+        "singular_to_plural": _listed("nouns", "singular", "plural"),
+        "plural_to_singular": _listed("nouns", "plural", "singular"),
+        "antonyms": _listed("antonyms", "word", "opposite"),
+    }
+    translation = {
+        f"{short[source]}_{short[target]}": _listed("words", source, target)
+        for short in [{"english": "en", "french": "fr", "spanish": "es", "italian": "it"}]
+        for foreign in ("french", "spanish", "italian")
+        for source, target in (("english", foreign), (foreign, "english"))
+    }
+    knowledge = {
+        "country_to_capital": _listed("countries", "country", "capital"),
+        "person_to_language": _listed("people", "person", "language"),
+        "place_to_continent": _listed("places", "place", "continent"),
+        "place_to_religion": _listed("religions", "place", "religion"),
+    }
+    categories = {
+        "algorithmic": algorithmic,
+        "linguistic": linguistic,
+        "translation": translation,
+        "knowledge": knowledge,
+    }
+    return {
+        name: Task.from_mapping(name, mapping, accepts=starts_with, category=category)
+        for category, tasks in categories.items()
+        for name, mapping in tasks.items()
+    }

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
+import safetensors
+import safetensors.torch
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tv_lens.files import write_whole
 from tv_lens.prompts import Template
+
+# Raised when a file can no longer be read by the version before.
+_FORMAT = 1
 
 
 def _versions() -> dict[str, str]:
@@ -41,7 +51,15 @@ class TaskVectors:
                 f"values of shape {tuple(self.values.shape)} are no task vectors; expected (prompt, layer, d_model) "
                 "with at least one prompt"
             )
-        object.__setattr__(self, "values", self.values.detach().float().cpu())
+        # A copy, so that nobody's later change in place reaches in here.
+        object.__setattr__(self, "values", self.values.detach().to("cpu", torch.float32, copy=True))
+        broken = (~self.values.isfinite()).any(dim=-1).nonzero()
+        if len(broken):
+            prompt, layer = broken[0].tolist()
+            raise ValueError(
+                f"the vector of prompt {prompt} at layer {layer} of {self.model} holds NaN or infinity (and "
+                f"{len(broken) - 1} more do); a half-precision model may overflow, run it in float32 or bfloat16"
+            )
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -69,11 +87,55 @@ class TaskVectors:
             ValueError: no such layer; negative ones do not count from the end.
         """
         check_layer(layer, self.n_layers, self.model)
-        return self.values[:, layer]
+        return self.values[:, layer].clone()
 
     def mean(self) -> TaskVectors:
         """One vector a layer, the average over prompts; it is written into every row it is used on."""
         return replace(self, values=self.values.mean(dim=0, keepdim=True), method=f"mean of {self.method}")
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with all provenance as JSON in its header, whole or not at all.
+
+        Raises:
+            OSError: the folder is missing or cannot be written to.
+        """
+        provenance = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "values"}
+        provenance["template"] = None if self.template is None else asdict(self.template)
+        provenance["versions"] = dict(self.versions)
+        metadata = {"tv_lens": json.dumps({"format": _FORMAT, **provenance}, ensure_ascii=False)}
+        write_whole(path, safetensors.torch.save({"values": self.values.contiguous()}, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> TaskVectors:
+        """Read what `save` wrote, bit for bit. Nothing in the file is executed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: another kind of file, a damaged one, or one of a newer version of tv_lens.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file of task vectors")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata, names = file.metadata() or {}, list(file.keys())
+                values = file.get_tensor("values") if "values" in names else None
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
+        if "tv_lens" not in metadata or values is None:
+            raise ValueError(f"{path}: a safetensors file, but not one of task vectors (it holds {names})")
+        try:
+            provenance = _provenance(json.loads(metadata["tv_lens"]))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path}: its header has been changed and cannot be read ({error})") from error
+        if isinstance(provenance, int):
+            raise ValueError(
+                f"{path}: written in format {provenance} by a newer tv_lens; this one reads up to "
+                f"{_FORMAT}, so upgrade it"
+            )
+        if values.dtype != torch.float32 or values.ndim != 3:
+            raise ValueError(f"{path}: holds {values.dtype} of shape {tuple(values.shape)}, not task vectors")
+        return cls(values, **provenance)
 
     def check_fits(self, model: str, n_layers: int, d_model: int) -> None:
         """Raises ValueError where the vectors cannot be of that model: another depth or another width."""
@@ -84,7 +146,28 @@ class TaskVectors:
             )
 
 
+def _provenance(header: Any) -> dict[str, Any] | int:
+    """The fields in a file's header, each of its type; or the header's format, where that is a newer one."""
+    if header["format"] != _FORMAT and isinstance(header["format"], int) and header["format"] > _FORMAT:
+        return header["format"]
+    template, bos = header["template"], header["prepend_bos"]
+    if not all(isinstance(header[name], str) for name in ("model", "task", "method")):
+        raise ValueError("model, task and method are texts")
+    if bos not in (None, True, False):
+        raise ValueError("prepend_bos is true, false or null")
+    prompts, substitutes = tuple(header["prompts"]), tuple(map(tuple, header["substitutes"]))
+    texts = [*prompts, *(query for queries in substitutes for query in queries), *header["versions"].values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("prompts, substitutes and versions hold texts")
+    return {
+        **{name: header[name] for name in ("model", "task", "method", "prepend_bos", "versions")},
+        "template": None if template is None else Template(template["example"], template["separator"]),
+        "prompts": prompts,
+        "substitutes": substitutes,
+    }
+
+
 def check_layer(layer: int, n_layers: int, model: str) -> None:
     """Raises ValueError where `model` has no such layer."""
-    if not 0 <= layer < n_layers:
+    if isinstance(layer, bool) or not hasattr(layer, "__index__") or not 0 <= layer < n_layers:
         raise ValueError(f"layer {layer} is not one of {model}: layer l is the output of block l, 0 to {n_layers - 1}")
