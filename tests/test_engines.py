@@ -144,10 +144,10 @@ def test_pads_in_the_middle_may_not_pass_the_context(twins: Twins) -> None:
     groups = [["x " * 25 + "a " * 20, "x " * 25 + "b"], ["y " * 48 + "a", "y " * 48 + "b c"]]
     texts = [text for group in groups for text in group]
     for rows, tokens, past in engines.shared(engine, groups):
+        found = engine.read(tokens, past)
         for place, row in enumerate(rows):
             expected = plain_run(twins, ids_of(twins.bridge, texts[row], False))[0]
-            torch.testing.assert_close(engine.read(tokens, past)[place], expected, atol=1e-4, rtol=0)
-            break
+            torch.testing.assert_close(found[place], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("substitutes", [2, 4])

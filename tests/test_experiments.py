@@ -89,8 +89,8 @@ def test_wrong_use_of_a_sweep_says_what_to_do(as_users_run_it: None) -> None:
         with pytest.raises(ValueError, match="layer"):
             tv.sweep_layers(twins.bridge, TASK, prompts, vectors, wrong)  # type: ignore[arg-type]
     twins.bridge.original_model.register_forward_pre_hook(refuse)
-    with pytest.raises(ValueError, match="prompt 1 has .* with 126 more to come, and the context of tiny-gpt2 is 128"):
-        tv.sweep_layers(twins.bridge, TASK, [prompts[0], Prompt((), "a b c", "A")], vectors, max_new_tokens=127)
+    with pytest.raises(ValueError, match="prompt 1 has .* with 125 more to come, and the context of tiny-gpt2 is 128"):
+        tv.sweep_layers(twins.bridge, TASK, [prompts[0], Prompt((), "a b c", "A")], vectors, max_new_tokens=126)
     with pytest.raises(ValueError, match="2 vectors for 3 prompts"):
         tv.sweep_layers(twins.bridge, TASK, TASK.sample(3, shots=1, seed=0), vectors)
     with pytest.raises(ValueError, match="at least one Prompt"):
