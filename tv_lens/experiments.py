@@ -14,24 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from transformer_lens.utilities.statistics import derive_generator, success_rate_ci
 
-from tv_lens.engines import Patch, bar, engine_for, engine_name, shared
+from tv_lens.engines import bar, engine_for, engine_name
 from tv_lens.extraction import extract, extract_across
 from tv_lens.files import write_whole
-from tv_lens.generation import (
-    answer_all,
-    check_new_tokens,
-    complete,
-    generate,
-    greedy,
-    patch_for,
-    patch_generate,
-)
+from tv_lens.generation import answer_all, answer_side_by_side, check_new_tokens, patch_for
 from tv_lens.prompts import PAPER, Example, Prompt, Template, check_prompts
 from tv_lens.tasks import Task, first_token
-from tv_lens.vectors import TaskVectors
+from tv_lens.vectors import TaskVectors, check_layer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -177,35 +168,12 @@ def sweep_layers(
     """
     engine = engine_for(model)
     check_prompts(prompts)
-    check_new_tokens(engine, max_new_tokens)
     chosen = range(engine.n_layers) if layers is None else layers
     if not isinstance(chosen, Sequence) or not len(chosen) or len(set(chosen)) < len(chosen):
         raise ValueError(f"layers are {chosen!r}; give a list of different ones, at least one, or None for all")
     patches = [patch_for(engine, len(prompts), vectors, layer) for layer in chosen]
-    patch = Patch(
-        rearrange([patch.vectors for patch in patches], "layer prompt d_model -> (prompt layer) d_model"),
-        rearrange([patch.layers for patch in patches], "layer prompt -> (prompt layer)"),
-    )
-    asked = [prompt.zero_shot() for prompt in prompts for _ in chosen]
-    groups = [[prompt.zero_shot().text] * len(chosen) for prompt in prompts]
-    answers = [""] * len(asked)
-    for rows, tokens, past in shared(engine, groups, room=max_new_tokens - 1):
-        found, _ = complete(
-            engine,
-            tokens,
-            patch.keep(rows),
-            past,
-            [asked[row] for row in rows],
-            [""] * len(rows),  # greedy needs no keys
-            max_new_tokens,
-            greedy,
-        )
-        for row, answer in zip(rows, found, strict=True):
-            answers[row] = answer
-    return Sweep(
-        tuple(chosen),
-        tuple(score(task, prompts, answers[i :: len(chosen)]) for i in range(len(chosen))),
-    )
+    answers = answer_side_by_side(engine, prompts, patches, max_new_tokens)
+    return Sweep(tuple(chosen), tuple(score(task, prompts, texts) for texts in answers))
 
 
 @dataclass(frozen=True)
@@ -272,32 +240,34 @@ def evaluate(
     more); and what `controls` names, such as the vectors of another task.
 
     Raises:
-        ValueError: as `patch_generate`, or prompts without demonstrations.
+        ValueError: as `patch_generate`, prompts without demonstrations, or a control named like a condition.
     """
     engine = engine_for(model)
     check_prompts(prompts)
-    check_new_tokens(engine, max_new_tokens)
-    patch_for(engine, len(prompts), vectors, layer)  # refuses what cannot be patched before anything is run
+    check_layer(layer, engine.n_layers, engine_name(engine))
     if not all(prompt.examples for prompt in prompts):
         raise ValueError("few-shot accuracy needs demonstrations; sample the prompts with shots=1 or more")
+    taken = {"zero-shot", "few-shot", "patched"} & set(controls or ())
+    if taken:
+        raise ValueError(f"controls are named {sorted(taken)}, which are conditions already; name them otherwise")
     tried = {"random": random_like(vectors, len(prompts), seed), **(controls or {})}
+    for each in (vectors, *tried.values()):  # refuses what cannot be patched before anything is run
+        patch_for(engine, len(prompts), each, layer)
+
+    # The longest texts go first, so that one too long is refused before the model runs.
+    few_shot = answer_all(engine, prompts, None, max_new_tokens)
+    zero_shot = answer_all(engine, [prompt.zero_shot() for prompt in prompts], None, max_new_tokens)
     if "shuffled" not in tried and min(prompt.shots for prompt in prompts) > 1:
         mixed = extract(engine, shuffle_outputs(prompts, seed), task.substitutes(prompts, 1, seed=seed))
         tried["shuffled"] = mixed.mean() if len(vectors) == 1 else mixed
-
-    def patched(each: TaskVectors) -> Score:
-        texts = patch_generate(engine, prompts, each, layer, max_new_tokens=max_new_tokens)
-        return score(task, prompts, texts)
-
-    def unpatched(asked: Sequence[Prompt]) -> Score:
-        return score(task, prompts, generate(engine, asked, max_new_tokens=max_new_tokens))
-
+    patches = [patch_for(engine, len(prompts), each, layer) for each in (vectors, *tried.values())]
+    patched, *controlled = answer_side_by_side(engine, prompts, patches, max_new_tokens)
     return Evaluation(
         layer,
-        zero_shot=unpatched([prompt.zero_shot() for prompt in prompts]),
-        few_shot=unpatched(prompts),
-        patched=patched(vectors),
-        controls={name: patched(each) for name, each in tried.items()},
+        zero_shot=score(task, prompts, zero_shot),
+        few_shot=score(task, prompts, few_shot),
+        patched=score(task, prompts, patched),
+        controls={name: score(task, prompts, texts) for name, texts in zip(tried, controlled, strict=True)},
     )
 
 
@@ -387,6 +357,7 @@ def conflict(
     """
     engine = engine_for(model)
     check_prompts(prompts)
+    check_layer(layer, engine.n_layers, engine_name(engine))
     patch = patch_for(engine, len(prompts), vectors, layer)
     if not all(prompt.examples for prompt in prompts):
         raise ValueError("conflicting demonstrations are needed; sample the prompts with shots=1 or more")

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.utilities.logits_utils import sample_logits
 from transformer_lens.utilities.statistics import derive_generator
 
-from tv_lens.engines import Engine, Past, Patch, Tokens, batches, engine_for, engine_name
+from tv_lens.engines import Engine, Past, Patch, Tokens, batches, engine_for, engine_name, shared
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.vectors import TaskVectors, check_layer
 
@@ -248,6 +249,36 @@ def answer_all(
             answers[row], ids[row] = answer, chosen
     longest, pad = max(map(len, ids)), getattr(engine, "pad", 0)
     return Completions(tuple(answers), torch.tensor([row + [pad] * (longest - len(row)) for row in ids]))
+
+
+def answer_side_by_side(
+    engine: Engine, prompts: Sequence[Prompt], patches: Sequence[Patch], max_new_tokens: int
+) -> list[list[str]]:
+    """For each of `patches` (a row for each prompt) the answers to the queries alone. The queries are run once, up
+    to their last token; from there all patches go on in the same batches.
+    """
+    check_new_tokens(engine, max_new_tokens)
+    k = len(patches)
+    patch = Patch(
+        rearrange([each.vectors for each in patches], "patch prompt d_model -> (prompt patch) d_model"),
+        rearrange([each.layers for each in patches], "patch prompt -> (prompt patch)"),
+    )
+    asked = [prompt.zero_shot() for prompt in prompts]
+    answers = [[""] * len(prompts) for _ in patches]
+    for rows, tokens, past in shared(engine, [[prompt.text] * k for prompt in asked], room=max_new_tokens - 1):
+        found, _ = complete(
+            engine,
+            tokens,
+            patch.keep(rows),
+            past,
+            [asked[row // k] for row in rows],
+            [""] * len(rows),  # greedy needs no keys
+            max_new_tokens,
+            greedy,
+        )
+        for row, answer in zip(rows, found, strict=True):
+            answers[row % k][row // k] = answer
+    return answers
 
 
 def row_keys(texts: Sequence[str]) -> list[str]:

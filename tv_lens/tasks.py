@@ -16,9 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tv_lens.engines import engine_for
 from tv_lens.prompts import Example, Prompt, Template
 
 Accepts = Callable[[str, str], bool]
@@ -67,6 +64,10 @@ def first_token(model: Any, template: Template = Template()) -> Accepts:
     A first token that is only part of a character is not accepted. Where answers begin with a piece of their
     input (gerunds: "sing" of "singing"), this accepts a mere repetition.
     """
+    import torch  # here, as tasks can be listed without either
+
+    from tv_lens.engines import engine_for
+
     engine = engine_for(model)
 
     def ids(text: str) -> list[int]:

@@ -1,0 +1,5 @@
+"""`python -m tv_lens` is `tv-lens`."""
+
+from tv_lens.cli import main
+
+main()
