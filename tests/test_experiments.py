@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
 import pytest
 import torch
-from conftest import Twins, make_twins, refuse
+from conftest import Twins, ids_of, make_twins, plain_generate, refuse
+from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
-from tv_lens import Prompt, Score, Sweep, Task, TaskVectors, Template
+from tv_lens import Evaluation, Prompt, Score, Sweep, Task, TaskVectors, Template, experiments
+from tv_lens.experiments import random_like
 
 TASK = Task("upper", ("a", "bb", "cold", "dog", "quick brown", "fox", "wet", "x"), str.upper)
 
@@ -95,3 +104,370 @@ def test_wrong_use_of_a_sweep_says_what_to_do(as_users_run_it: None) -> None:
         tv.sweep_layers(twins.bridge, TASK, TASK.sample(3, shots=1, seed=0), vectors)
     with pytest.raises(ValueError, match="at least one Prompt"):
         tv.sweep_layers(twins.bridge, TASK, [], vectors)
+
+
+# Evaluation and its controls
+
+
+def odd(prediction: str, answer: str) -> bool:
+    """A rule under which a random model is right now and then."""
+    return len(prediction) % 2 == 1
+
+
+WORDS = Task("upper", tuple(f"{a}{b}" for a in "abcdefgh" for b in "uvwx"), str.upper, odd)
+OTHER = Task("double", WORDS.inputs, lambda text: text * 2, odd)
+
+
+def read(twins: Twins, task: Task, n: int = 4) -> TaskVectors:
+    prompts = task.sample(n, shots=3, seed=1)
+    return tv.extract(twins.bridge, prompts, task.substitutes(prompts, 2, seed=1))
+
+
+def test_an_evaluation_holds_what_each_call_alone_gives(twins: Twins) -> None:
+    prompts = WORDS.sample(6, shots=3, seed=0)
+    vectors, other = read(twins, WORDS).mean(), read(twins, OTHER).mean()
+    found = tv.evaluate(twins.bridge, WORDS, prompts, vectors, 2, max_new_tokens=4, controls={"other": other}, seed=5)
+    assert list(found.conditions) == ["zero-shot", "few-shot", "patched", "random", "other", "shuffled"]
+    assert found.few_shot.texts == tv.generate(twins.bridge, prompts, max_new_tokens=4).texts
+    alone = [prompt.zero_shot() for prompt in prompts]
+    assert found.zero_shot.texts == tv.generate(twins.bridge, alone, max_new_tokens=4).texts
+    mixed = tv.shuffle_outputs(prompts, 5)
+    controls = {
+        "random": random_like(vectors, 6, 5),
+        "other": other,
+        "shuffled": tv.extract(twins.bridge, mixed, WORDS.substitutes(prompts, 1, seed=5)).mean(),
+    }
+    for name, each in {"patched": vectors, **controls}.items():
+        texts = tv.patch_generate(twins.bridge, prompts, each, 2, max_new_tokens=4).texts
+        assert found.conditions[name].texts == texts
+    for each in found.conditions.values():
+        assert each.answers == tuple(prompt.query.upper() for prompt in prompts)
+        assert each.correct == tuple(len(text) % 2 == 1 for text in each.texts)
+
+
+def test_a_random_control_is_as_long_as_the_vector_and_points_elsewhere(gpt2: Twins) -> None:
+    for vectors in (read(gpt2, WORDS, 8), read(gpt2, WORDS, 8).mean()):
+        found = random_like(vectors, 8, seed=0)
+        assert len(found) == 8
+        assert torch.allclose(found.values.norm(dim=-1), vectors.values.norm(dim=-1).expand(8, -1), rtol=1e-5)
+        rows = torch.nn.functional.normalize(torch.cat([found.values, vectors.values]), dim=-1)
+        same = torch.einsum("ald,bld->lab", rows, rows) - torch.eye(len(rows))
+        assert same[:, :8].abs().max() < 0.8  # in 32 dimensions; a repeated direction would give 1
+        assert torch.equal(found.values, random_like(vectors, 8, seed=0).values)
+        assert not torch.allclose(found.values, random_like(vectors, 8, seed=1).values)
+
+
+@pytest.mark.parametrize("shots", [2, 3, 7])
+def test_shuffled_demonstrations_keep_inputs_and_lose_every_pair(shots: int) -> None:
+    prompts = WORDS.sample(20, shots=shots, seed=0)
+    for before, after in zip(prompts, tv.shuffle_outputs(prompts, 3), strict=True):
+        assert [each.input for each in after.examples] == [each.input for each in before.examples]
+        assert sorted(each.output for each in after.examples) == sorted(each.output for each in before.examples)
+        assert not set(after.examples) & set(before.examples)
+        assert (after.query, after.answer) == (before.query, before.answer)
+    with pytest.raises(ValueError, match="prompt 0 has 1 demonstrations"):
+        tv.shuffle_outputs(WORDS.sample(1, shots=1, seed=0), 0)
+
+
+def test_the_paired_test_is_mcnemars() -> None:
+    """By hand: 9 prompts tell the two apart, 8 for one and 1 for the other: 2 * (C(9,0) + C(9,1)) / 2**9."""
+    first = Score(("",) * 12, ("",) * 12, (True,) * 8 + (False,) + (True, True, False))
+    second = Score(("",) * 12, ("",) * 12, (False,) * 8 + (True,) + (True, True, False))
+    assert tv.mcnemar(first, second) == tv.mcnemar(second, first) == pytest.approx(2 * (1 + 9) / 512)
+    assert tv.mcnemar(first, first) == 1
+    with pytest.raises(ValueError, match="scores of the same prompts"):
+        tv.mcnemar(first, score_of(3, 5))
+
+
+def test_an_evaluations_table_names_layer_and_interval() -> None:
+    parts = {"zero_shot": score_of(0), "few_shot": score_of(9), "patched": score_of(8)}
+    found = Evaluation(3, **parts, controls={"random": score_of(1)})
+    table = found.to_pandas().set_index("condition")
+    assert table["accuracy"].to_dict() == {"zero-shot": 0, "few-shot": 0.9, "patched": 0.8, "random": 0.1}
+    assert table["layer"].isna().to_dict() == {"zero-shot": True, "few-shot": True, "patched": False, "random": False}
+    assert table["layer"].dropna().tolist() == [3, 3]
+    assert table.loc["zero-shot", "high"] == pytest.approx(0.3084971, abs=1e-6)
+    # Eight prompts tell patched from zero-shot, all for patched; seven tell it from random.
+    assert found.p_value == table.loc["zero-shot", "p_value"] == pytest.approx(2 / 2**8)
+    assert table.loc["random", "p_value"] == pytest.approx(2 / 2**7)
+    assert "few-shot" in found._repr_html_()
+
+
+def test_wrong_use_of_an_evaluation_says_what_to_do(gpt2: Twins, as_users_run_it: None) -> None:
+    vectors = TaskVectors(torch.ones(1, 4, 32), "m", "t")
+    wide = TaskVectors(torch.ones(1, 4, 64), "m", "t")
+    prompts = WORDS.sample(2, shots=2, seed=0)
+    gpt2.bridge.original_model.register_forward_pre_hook(refuse)
+    for call, message in (
+        (lambda: tv.evaluate(gpt2.bridge, WORDS, WORDS.sample(2, shots=0, seed=0), vectors, 1), "shots=1 or more"),
+        (lambda: tv.evaluate(gpt2.bridge, WORDS, prompts, vectors, [1, 2]), "layer .1, 2. is not one of"),  # type: ignore[arg-type]
+        (lambda: tv.evaluate(gpt2.bridge, WORDS, prompts, vectors, 4), "layer 4 is not one of"),
+        (lambda: tv.evaluate(gpt2.bridge, WORDS, prompts, vectors, 1, controls={"x": wide}), "d_model 64"),
+        (lambda: tv.evaluate(gpt2.bridge, WORDS, prompts, vectors, 1, controls={"patched": vectors}), "otherwise"),
+        (lambda: tv.evaluate(gpt2.bridge, WORDS, prompts, vectors, 1, max_new_tokens=120), "prompt 0 has .* context"),
+        (lambda: tv.evaluate(gpt2.bridge, WORDS, [], vectors, 1), "at least one Prompt"),
+        (lambda: tv.conflict(gpt2.bridge, WORDS, TASK, prompts, vectors, 1), "2 queries are no inputs of the rival"),
+        (lambda: tv.conflict(gpt2.bridge, WORDS, OTHER, WORDS.sample(2, shots=0, seed=0), vectors, 1), "shots=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_conflicting_demonstrations_stay_and_the_vector_is_written_behind_them(twins: Twins) -> None:
+    prompts = WORDS.sample(3, shots=2, seed=0)
+    vectors = TaskVectors(3 * torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0)), "m", "t")
+    found = tv.conflict(tv.LocalEngine(twins.bridge), WORDS, OTHER, prompts, vectors, 1, max_new_tokens=3)
+    for i, prompt in enumerate(prompts):
+        ids = ids_of(twins.bridge, prompt.text)
+        for write, texts in (
+            (None, found.plain_task.texts),
+            ((1, ids.shape[1] - 1, vectors.values[i, 1]), found.patched_task.texts),
+        ):
+            chosen = plain_generate(twins, ids, 3, write)
+            ended = chosen.index(1) if 1 in chosen else 3  # at the end of text
+            assert texts[i] == twins.bridge.tokenizer.decode(chosen[:ended]).split("\n")[0].strip()
+    assert found.plain_rival.texts == found.plain_task.texts
+    assert found.patched_rival.texts == found.patched_task.texts
+    assert found.plain_task.answers == found.patched_task.answers == tuple(p.query.upper() for p in prompts)
+    assert found.plain_rival.answers == found.patched_rival.answers == tuple(p.query * 2 for p in prompts)
+    assert found.to_pandas()["scored as"].tolist() == ["upper", "double"] * 2
+    assert "demonstrations of upper, vector of double at layer 1" in found._repr_html_()
+
+
+# The whole experiment
+
+SMALL = {"shots": 2, "n_dev": 6, "n_test": 7, "max_new_tokens": 2}
+THIRD = Task("reverse", WORDS.inputs, lambda text: text[::-1], odd)
+TASKS = (WORDS, OTHER, THIRD)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Twins:
+    return make_twins("llama")
+
+
+@pytest.fixture(scope="module")
+def experiment(llama: Twins) -> tv.Experiment:
+    return tv.run_experiment(llama.bridge, TASKS, **SMALL)
+
+
+def test_an_experiment_is_what_its_parts_give(llama: Twins, experiment: tv.Experiment) -> None:
+    """Each step by hand, with the public functions."""
+    means = {}
+    for task in TASKS:
+        dev, _ = task.split(6 / 13, seed=0)
+        prompts = dev.sample(6, shots=2, seed=0, template=tv.PAPER)
+        means[task.name] = tv.extract(llama.bridge, prompts, dev.substitutes(prompts, 2, seed=0)).mean()
+    for result, task, other in zip(experiment.results, TASKS, (OTHER, THIRD, WORDS), strict=True):
+        dev, test = task.split(6 / 13, seed=0)
+        prompts = dev.sample(6, shots=2, seed=0, template=tv.PAPER)
+        sweep = tv.sweep_layers(llama.bridge, dev, prompts, means[task.name], max_new_tokens=2)
+        assert result.sweep == sweep
+        mixed = tv.shuffle_outputs(prompts, 0)
+        shuffled = tv.extract(llama.bridge, mixed, dev.substitutes(mixed, 2, seed=0)).mean()
+        asked = test.sample(7, shots=2, seed=0, template=tv.PAPER)
+        assert result.evaluation == tv.evaluate(
+            llama.bridge,
+            test,
+            asked,
+            means[task.name],
+            sweep.best,
+            max_new_tokens=2,
+            controls={"other task": means[other.name], "shuffled": shuffled},
+        )
+        assert result.other_task == other.name
+        assert torch.equal(experiment.vectors[task.name].values, means[task.name].values)
+
+
+def test_dev_and_test_share_no_input(experiment: tv.Experiment) -> None:
+    for result in experiment.results:
+        shown = [
+            set(re.findall(r"example:(\w+)->", "\n".join(texts))) for texts in (result.dev_prompts, result.test_prompts)
+        ]
+        assert len(shown[0] | shown[1]) > 20
+        assert not shown[0] & shown[1]
+
+
+def test_the_same_seed_gives_the_same_and_another_another(llama: Twins, experiment: tv.Experiment) -> None:
+    random.seed(99)
+    torch.manual_seed(99)
+    engine = tv.LocalEngine(llama.bridge, batch_size=3, progress=False)
+    again = tv.run_experiment(engine, TASKS, **SMALL)
+    assert again == experiment
+    assert tv.run_experiment(engine, TASKS, **SMALL, seed=1).results != experiment.results
+
+
+def test_the_tables_say_everything(experiment: tv.Experiment) -> None:
+    tidy = experiment.to_pandas()
+    assert list(tidy) == [
+        *("task", "category", "condition", "layer", "n", "accuracy", "low", "high", "p_value"),
+        *("model", "scoring", "method", "shots", "seed"),
+    ]
+    conditions = ["zero-shot", "few-shot", "patched", "random", "other task", "shuffled"]
+    assert tidy["condition"].tolist() == conditions * 3
+    assert tidy["task"].tolist() == ["upper"] * 6 + ["double"] * 6 + ["reverse"] * 6
+    assert set(tidy["n"]) == {7}
+    assert set(tidy["model"]) == {"tiny-llama"}
+    summary = experiment.summary()
+    assert summary["task"].tolist() == ["upper", "double", "reverse"]
+    assert summary["patched"].tolist() == [str(result.evaluation.patched) for result in experiment.results]
+    assert "scoring full answer" in experiment._repr_html_()
+    settings = {"shots", "n_dev", "n_test", "seed", "substitutes", "method", "template", "max_new_tokens", "scoring"}
+    assert settings <= set(experiment.settings)
+    assert {"model", "n_layers", "d_model", "prepend_bos", "layers", "tasks", "data", "rules", "versions"} <= set(
+        experiment.settings
+    )
+
+
+def test_an_interrupted_run_goes_on_and_repeats_nothing(
+    llama: Twins, experiment: tv.Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[str] = []
+    extracted: list[str] = []
+    really_sweep, really_extract = experiments.sweep_layers, experiments.extract
+
+    def sweep(engine: Any, task: Task, *args: Any, **options: Any) -> Sweep:
+        swept.append(task.name)
+        if swept == ["upper", "double"]:
+            raise KeyboardInterrupt
+        return really_sweep(engine, task, *args, **options)
+
+    def extract(engine: Any, prompts: Any, substitutes: Any) -> TaskVectors:
+        extracted.append(prompts[0].task)
+        return really_extract(engine, prompts, substitutes)
+
+    monkeypatch.setattr(experiments, "sweep_layers", sweep)
+    monkeypatch.setattr(experiments, "extract", extract)
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder)
+    found = tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder)
+    assert swept == ["upper", "double", "double", "reverse"]
+    # Each task once for its vector and once with shuffled outputs.
+    assert sorted(extracted) == sorted(["upper", "double", "reverse"] * 2)
+    assert found == experiment
+    for name, vectors in experiment.vectors.items():
+        assert torch.equal(found.vectors[name].values, vectors.values)
+
+    swept.clear(), extracted.clear()
+    llama.bridge.original_model.register_forward_pre_hook(refuse)
+    try:
+        assert tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder) == experiment
+    finally:
+        llama.bridge.original_model._forward_pre_hooks.popitem()
+    assert (swept, extracted) == ([], [])
+    assert not [path for path in folder.iterdir() if path.suffix not in (".json", ".safetensors")]
+
+
+def test_a_folder_of_another_run_is_refused(llama: Twins, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    tv.run_experiment(llama.bridge, [WORDS], **SMALL, folder=folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    changed = Task("upper", (*WORDS.inputs[:-1], "zz"), str.upper, odd)
+    for tasks, options, message in (
+        ([WORDS], {"seed": 1}, "seed was 0, is 1"),
+        ([WORDS], {"shots": 3}, "shots was 2, is 3"),
+        ([WORDS], {"across": True}, "method was extract, is extract_across"),
+        ([changed], {}, "data was"),
+        ([WORDS, OTHER], {}, "tasks was"),
+        ([replace(WORDS, accepts=tv.exact_match)], {}, "rules was .*odd.*, is .*exact_match"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tv.run_experiment(llama.bridge, tasks, **{**SMALL, **options}, folder=folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and holds no experiment"):
+        tv.run_experiment(llama.bridge, [WORDS], **SMALL, folder=tmp_path)
+    (folder / "settings.json").write_text("[1, 2")
+    with pytest.raises(ValueError, match=r"settings.json: no settings of an experiment"):
+        tv.run_experiment(llama.bridge, [WORDS], **SMALL, folder=folder)
+
+
+def test_a_damaged_result_is_named(llama: Twins, tmp_path: Path) -> None:
+    tv.run_experiment(llama.bridge, [WORDS], **SMALL, folder=tmp_path)
+    kept = tmp_path / "task-upper.json"
+    for content in (kept.read_bytes()[:-50], b"[]", b"{}", b"\xff"):
+        kept.write_bytes(content)
+        with pytest.raises(ValueError, match=r"task-upper.json: a damaged result .* delete it"):
+            tv.run_experiment(llama.bridge, [WORDS], **SMALL, folder=tmp_path)
+
+
+def test_task_names_that_no_file_could_have_stay_apart(llama: Twins, tmp_path: Path) -> None:
+    tasks = [replace(WORDS, name=name) for name in ("a/b", "a:b", "../c", "é" * 200)]
+    found = tv.run_experiment(llama.bridge, tasks, **SMALL, folder=tmp_path / "run")
+    assert len(list((tmp_path / "run").glob("task-*.json"))) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert tv.run_experiment(llama.bridge, tasks, **SMALL, folder=tmp_path / "run") == found
+
+
+def test_results_are_saved_and_read_back(experiment: tv.Experiment, tmp_path: Path) -> None:
+    experiment.save(tmp_path / "e.json")
+    loaded = tv.Experiment.load(tmp_path / "e.json")
+    assert loaded == experiment
+    pd.testing.assert_frame_equal(loaded.to_pandas(), experiment.to_pandas())
+    experiment.save(tmp_path / "e.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "e.parquet"), experiment.to_pandas(), check_dtype=False)
+    with pytest.raises(ValueError, match="saved as .json or .parquet"):
+        experiment.save(tmp_path / "e.xlsx")
+    content = (tmp_path / "e.json").read_bytes()
+    for wrong in (content[:-9], b"{}", b"[" * 100_000, b"\x00\xff"):
+        (tmp_path / "e.json").write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"e.json: no saved experiment, or a damaged one"):
+            tv.Experiment.load(tmp_path / "e.json")
+
+
+def test_an_experiment_across_prompts(llama: Twins) -> None:
+    found = tv.run_experiment(llama.bridge, [WORDS], **SMALL, across=True)
+    dev, _ = WORDS.split(6 / 13, seed=0)
+    prompts = dev.sample(6, shots=2, seed=0, template=tv.PAPER)
+    assert torch.equal(found.vectors["upper"].values, tv.extract_across(llama.bridge, prompts).mean().values)
+    assert found.settings["method"] == "extract_across"
+    assert found.results[0].other_task is None  # there is none
+
+
+def test_first_token_scoring_is_named_for_what_it_is(llama: Twins) -> None:
+    task = Task.from_mapping("t", {text: "cold" if i % 2 else "small" for i, text in enumerate(WORDS.inputs)})
+    found = tv.run_experiment(llama.bridge, [task], **{**SMALL, "max_new_tokens": 1})
+    assert found.settings["scoring"] == "first token"
+    rule = tv.first_token(llama.bridge, tv.PAPER)
+    score = found.results[0].evaluation.few_shot
+    assert score.correct == tuple(rule(text, answer) for text, answer in zip(score.texts, score.answers, strict=True))
+
+
+def test_wrong_use_of_an_experiment_says_what_to_do(llama: Twins, tmp_path: Path) -> None:
+    few = Task("few", ("a", "b", "c", "d"), str.upper)
+    for tasks, options, message in (
+        ([], {}, "at least one"),
+        ([WORDS, WORDS], {}, "a name of its own"),
+        ([WORDS], {"n_dev": 0}, "n_dev=0"),
+        ([WORDS], {"shots": 0}, "shots=0"),
+        ([WORDS, few], {"shots": 5}, "task 'few': 5 shots and a query need 6"),
+        ([WORDS], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tv.run_experiment(llama.bridge, tasks, **{**SMALL, **options}, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_real_effect_beats_its_controls(demo: TransformerBridge) -> None:
+    """The gerund on the demo model, small: enough to tell patched from zero-shot and from every control."""
+    task = tv.library()["present_to_gerund"]
+    rival = tv.library()["present_to_past"]
+    layers = [5, 17, 18, 19, 20]
+    found = tv.run_experiment(demo, [task, rival], n_dev=20, n_test=30, layers=layers)
+    evaluation = found.results[0].evaluation
+    assert evaluation.layer >= 17
+    assert evaluation.few_shot.accuracy >= 0.6
+    assert evaluation.patched.accuracy >= 0.4
+    assert evaluation.zero_shot.accuracy <= 0.1
+    assert evaluation.p_value < 0.01
+    assert evaluation.controls["random"].accuracy <= 0.1
+    assert evaluation.controls["other task"].accuracy <= 0.2
+    assert evaluation.patched.accuracy > evaluation.controls["shuffled"].accuracy
+
+    prompts = rival.sample(20, shots=5, seed=2, template=tv.PAPER)
+    clash = tv.conflict(demo, rival, task, prompts, found.vectors[task.name], evaluation.layer)
+    assert clash.plain_task.accuracy >= 0.3
+    assert clash.plain_rival.accuracy <= 0.1
+    assert clash.patched_task.accuracy <= 0.1
+    assert clash.patched_rival.accuracy >= 0.7

@@ -98,8 +98,10 @@ def test_generated_answers_follow_the_rule(name: str) -> None:
 )
 def test_inflections_are_those_of_a_lexicon(name: str, tag: str) -> None:
     task = LIBRARY[name]
+    british = {"got"}  # the lexicon is American
     for text in task.inputs:
-        assert set(answers(task, text)) <= set(getInflection(text, tag)), text
+        assert task.answer(text) in getInflection(text, tag)
+        assert set(answers(task, text)) <= {*getInflection(text, tag), *british}
 
 
 def test_singular_undoes_plural() -> None:

@@ -72,7 +72,7 @@ class Patch:
 class Engine(Protocol):
     """What the rest of tv_lens asks of a way to run a model.
 
-    An engine may offer more, and is asked for it where it does: `name` and `prepend_bos` (recorded as
+    An engine may offer more, and is asked for it where it does: `name`, `dtype` and `prepend_bos` (recorded as
     provenance), `continues` (False where `step` gives no past), `ends` (ids that end a text), `pad` (the id that
     fills ended rows), `progress`, `shared` and `select` (see `LocalEngine`).
     """
@@ -173,6 +173,7 @@ class LocalEngine:
             raise ValueError(f"{self.name} was booted without a tokenizer; pass tokenizer=...")
         wanted = getattr(cfg, "default_prepend_bos", True) if prepend_bos is None else prepend_bos
         self.prepend_bos = bool(wanted)
+        self.dtype = str(cfg.dtype).removeprefix("torch.")
         if prepend_bos and self._to_ids("a")[0] != bridge.tokenizer.bos_token_id:
             raise ValueError(f"prepend_bos=True, but the tokenizer of {self.name} has no BOS token; use None or False")
         generation = getattr(bridge.original_model, "generation_config", None)

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformer_lens.utilities.statistics import derive_generator, success_rate_ci
 
-from tv_lens.engines import bar, engine_for, engine_name
+from tv_lens.engines import Engine, bar, engine_for, engine_name
 from tv_lens.extraction import extract, extract_across
 from tv_lens.files import write_whole
 from tv_lens.generation import answer_all, answer_side_by_side, check_new_tokens, patch_for
 from tv_lens.prompts import PAPER, Example, Prompt, Template, check_prompts
 from tv_lens.tasks import Task, first_token
-from tv_lens.vectors import TaskVectors, check_layer
+from tv_lens.vectors import TaskVectors, check_layer, versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,12 +168,19 @@ def sweep_layers(
     """
     engine = engine_for(model)
     check_prompts(prompts)
-    chosen = range(engine.n_layers) if layers is None else layers
-    if not isinstance(chosen, Sequence) or not len(chosen) or len(set(chosen)) < len(chosen):
-        raise ValueError(f"layers are {chosen!r}; give a list of different ones, at least one, or None for all")
+    chosen = _chosen(engine, layers)
     patches = [patch_for(engine, len(prompts), vectors, layer) for layer in chosen]
     answers = answer_side_by_side(engine, prompts, patches, max_new_tokens)
     return Sweep(tuple(chosen), tuple(score(task, prompts, texts) for texts in answers))
+
+
+def _chosen(engine: Engine, layers: Sequence[int] | None) -> Sequence[int]:
+    chosen = range(engine.n_layers) if layers is None else layers
+    if not isinstance(chosen, Sequence) or not len(chosen) or len(set(chosen)) < len(chosen):
+        raise ValueError(f"layers are {chosen!r}; give a list of different ones, at least one, or None for all")
+    for layer in chosen:
+        check_layer(layer, engine.n_layers, engine_name(engine))
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -451,7 +458,7 @@ class Experiment:
         path = Path(path)
         if path.suffix == ".json":
             whole = {"settings": dict(self.settings), "results": [asdict(result) for result in self.results]}
-            write_whole(path, json.dumps(whole, ensure_ascii=False, indent=1).encode())
+            write_whole(path, _to_json(whole))
         elif path.suffix == ".parquet":
             try:
                 content = self.to_pandas().to_parquet(index=False)
@@ -517,8 +524,11 @@ def run_experiment(
     if not tasks or len(set(names)) < len(names):
         raise ValueError(f"tasks are {names}; give at least one, each with a name of its own")
     check_new_tokens(engine, max_new_tokens)
+    chosen = _chosen(engine, layers)
+    halves = [_Halves(task, shots, n_dev, n_test, seed, template) for task in tasks]  # too few inputs show here
     settings = {
         "model": engine_name(engine),
+        "dtype": getattr(engine, "dtype", None),
         "n_layers": engine.n_layers,
         "d_model": engine.d_model,
         "prepend_bos": getattr(engine, "prepend_bos", None),
@@ -534,12 +544,14 @@ def run_experiment(
         "template": asdict(template),
         "max_new_tokens": max_new_tokens,
         "scoring": "first token" if max_new_tokens == 1 else "full answer",
-        "layers": None if layers is None else [int(layer) for layer in layers],
+        "layers": [int(layer) for layer in chosen],
+        "versions": versions(),
     }
     kept = _Kept(None if folder is None else Path(folder), settings)
     if max_new_tokens == 1:
-        tasks = [replace(task, accepts=first_token(engine, template)) for task in tasks]
-    halves = [_Halves(task, shots, n_dev, n_test, seed, template) for task in tasks]  # too few inputs show here
+        rule = first_token(engine, template)
+        for half in halves:
+            half.dev, half.test = replace(half.dev, accepts=rule), replace(half.test, accepts=rule)
 
     def vector_of(i: int) -> TaskVectors:
         if names[i] not in kept.vectors:
@@ -556,7 +568,7 @@ def run_experiment(
         for i, (task, half) in enumerate(zip(tasks, halves, strict=True)):
             if task.name not in kept.results:
                 vector = vector_of(i)
-                sweep = sweep_layers(engine, half.dev, half.dev_prompts, vector, layers, max_new_tokens=max_new_tokens)
+                sweep = sweep_layers(engine, half.dev, half.dev_prompts, vector, chosen, max_new_tokens=max_new_tokens)
                 other = (i + len(tasks) // 2) % len(tasks)
                 controls = {"other task": vector_of(other)} if other != i else {}
                 if shots > 1:
@@ -604,9 +616,9 @@ class _Kept:
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
         self.folder, self.results, self.vectors = folder, dict[str, TaskResult](), dict[str, TaskVectors]()
-        if folder is None:
+        self._settings = settings
+        if folder is None or not folder.exists():
             return
-        folder.mkdir(parents=True, exist_ok=True)
         whole = folder / "settings.json"
         if whole.exists():
             try:
@@ -619,8 +631,6 @@ class _Kept:
                 raise ValueError(f"{folder} holds a run with other settings ({told}); use another folder for this one")
         elif any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no experiment; use another folder")
-        else:
-            write_whole(whole, json.dumps(settings, ensure_ascii=False, indent=1).encode())
         for name in settings["tasks"]:
             if self._path(name, "json").exists():
                 self.results[name] = _read_result(self._path(name, "json"))
@@ -630,12 +640,14 @@ class _Kept:
     def keep_result(self, result: TaskResult) -> None:
         self.results[result.task] = result
         if self.folder is not None:
-            content = json.dumps(asdict(result), ensure_ascii=False, indent=1).encode()
-            write_whole(self._path(result.task, "json"), content)
+            write_whole(self._path(result.task, "json"), _to_json(asdict(result)))
 
     def keep_vector(self, name: str, vectors: TaskVectors) -> None:
         self.vectors[name] = vectors
         if self.folder is not None:
+            if not (self.folder / "settings.json").exists():  # not before there is something that they made
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(self.folder / "settings.json", _to_json(self._settings))
             vectors.save(self._path(name, "safetensors"))
 
     def _path(self, name: str, kind: str) -> Path:
@@ -644,6 +656,10 @@ class _Kept:
         plain = "".join(char if char.isalnum() or char in "-_" else "_" for char in name)[:80]
         mark = "" if plain == name else "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
         return self.folder / f"task-{plain}{mark}.{kind}"
+
+
+def _to_json(data: Mapping[str, Any]) -> bytes:
+    return json.dumps(data, ensure_ascii=False, indent=1).encode()
 
 
 def _fingerprint(task: Task) -> str:

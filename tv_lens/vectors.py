@@ -22,7 +22,8 @@ from tv_lens.prompts import Template
 _FORMAT = 1
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of what computes, for provenance."""
     return {name: version(name) for name in ("tv-lens", "transformer-lens", "transformers", "torch")}
 
 
@@ -43,7 +44,7 @@ class TaskVectors:
     substitutes: tuple[tuple[str, ...], ...] = ()
     method: str = "extract"
     prepend_bos: bool | None = None
-    versions: Mapping[str, str] = field(default_factory=_versions)
+    versions: Mapping[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
         if self.values.ndim != 3 or not len(self.values):
