@@ -24,6 +24,11 @@ CALLS: dict[str, Callable[[Any, tv.TaskVectors], Any]] = {
     "sampled": lambda model, vectors: tv.generate(model, PROMPTS, max_new_tokens=3, sampler=tv.sample(seed=1)),
     "patch_generate": lambda model, vectors: tv.patch_generate(model, PROMPTS, vectors, [0, 1, 2, 3]),
     "patched_logits": lambda model, vectors: tv.patched_logits(model, PROMPTS, vectors, 1),
+    "evaluate": lambda model, vectors: tv.evaluate(model, TASK, PROMPTS, vectors, 1, max_new_tokens=2),
+    "conflict": lambda model, vectors: tv.conflict(model, TASK, TASK, PROMPTS, vectors, 1, max_new_tokens=2),
+    "run_experiment": lambda model, vectors: tv.run_experiment(
+        model, [TASK], shots=2, n_dev=3, n_test=3, substitutes=1
+    ),
     "sweep_layers": lambda model, vectors: tv.sweep_layers(model, TASK, PROMPTS, vectors, max_new_tokens=2),
 }
 

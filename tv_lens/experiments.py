@@ -629,7 +629,7 @@ class _Kept:
             if differ:
                 told = "; ".join(f"{name} was {before.get(name)}, is {settings.get(name)}" for name in differ)
                 raise ValueError(f"{folder} holds a run with other settings ({told}); use another folder for this one")
-        elif any(folder.iterdir()):
+        elif any(path.suffix != ".partial" for path in folder.iterdir()):  # a killed run can leave one
             raise ValueError(f"{folder} is not empty and holds no experiment; use another folder")
         for name in settings["tasks"]:
             if self._path(name, "json").exists():

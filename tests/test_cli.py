@@ -1,0 +1,215 @@
+"""The command line, in this process on a tiny model in a folder, and as a process of its own where that matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import Twins, make_tokenizer, make_twins
+
+import tv_lens as tv
+from tv_lens.cli import main
+
+SMALL = ["--shots", "2", "--n-dev", "4", "--n-test", "4", "--max-new-tokens", "2", "--quiet"]
+
+
+class Tiny(NamedTuple):
+    folder: str
+    twins: Twins
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A random model, saved as Hugging Face saves one, and pairs of one's own."""
+    folder, twins = tmp_path_factory.mktemp("tiny"), make_twins("llama")
+    twins.plain.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return Tiny(str(folder), twins)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    path = tmp_path / "upper.json"
+    path.write_text(json.dumps({f"{a}{b}": f"{a}{b}".upper() for a in "abcdef" for b in "uvwx"}))
+    return str(path)
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *args: str) -> Any:
+    code, out, err = call(capsys, *args, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_tasks_lists_the_library(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = as_json(capsys, "tasks")
+    assert [each["task"] for each in listed] == list(tv.library())
+    assert listed[0] == {"task": "next_letter", "category": "algorithmic", "inputs": 50, "example": "a -> b"}
+    code, out, _ = call(capsys, "tasks", "--category", "knowledge")
+    assert code == 0
+    assert out.count("knowledge") == 4
+    assert "linguistic" not in out
+
+
+def test_run_is_run_experiment(capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path) -> None:
+    saved = str(tmp_path / "out.json")
+    found = as_json(capsys, "run", "to_upper", pairs, "--model", tiny.folder, *SMALL, "--seed", "3", "--save", saved)
+    tasks = [tv.library()["to_upper"], tv.Task.from_file(pairs, accepts=tv.starts_with)]
+    expected = tv.run_experiment(tiny.twins.bridge, tasks, shots=2, n_dev=4, n_test=4, max_new_tokens=2, seed=3)
+    table = expected.to_pandas()
+    assert [row["accuracy"] for row in found["results"]] == table["accuracy"].tolist()
+    assert [row["condition"] for row in found["results"]] == table["condition"].tolist()
+    assert found["settings"]["seed"] == 3
+    assert tv.Experiment.load(saved).results == expected.results
+
+
+def test_a_table_shows_intervals_and_says_what_was_scored(
+    capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str
+) -> None:
+    code, out, _ = call(capsys, "run", pairs, "--model", tiny.folder, *SMALL)
+    assert code == 0
+    assert "2 shots, full answer by starts_with, seed 0" in out
+    assert "0.00 [0.00, 0.60]" in out  # 0 of 4
+    assert all(name in out for name in ("zero-shot", "few-shot", "patched", "random", "shuffled"))
+    assert max(map(len, out.splitlines())) > 100  # not broken to fit a narrow window
+    code, out, _ = call(capsys, "run", pairs, "--model", tiny.folder, *SMALL, "--rule", "exact_match", "--across")
+    assert (code, "full answer by exact_match" in out) == (0, True)
+    code, out, _ = call(capsys, "run", pairs, "--model", tiny.folder, *SMALL, "--first-token")
+    assert (code, "first token by first_token" in out) == (0, True)
+
+
+def test_extract_sweep_and_generate_go_through_a_file(
+    capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path
+) -> None:
+    file = str(tmp_path / "v.safetensors")
+    drawn = ["--prompts", "5", "--shots", "2", "--seed", "4", "--model", tiny.folder, "--quiet"]
+    told = as_json(capsys, "extract", pairs, "--to", file, *drawn, "--template", "{input} = {output}")
+    assert (told["prompts"], told["layers"], told["d_model"]) == (5, 4, 32)
+
+    task = tv.Task.from_file(pairs, accepts=tv.starts_with)
+    prompts = task.sample(5, shots=2, seed=4, template=tv.Template("{input} = {output}"))
+    vectors = tv.extract(tiny.twins.bridge, prompts, task.substitutes(prompts, 2, seed=4))
+    loaded = tv.TaskVectors.load(file)
+    assert (loaded.values - vectors.values).abs().max() < 1e-5
+    assert loaded.prompts == vectors.prompts
+
+    swept = as_json(capsys, "sweep", pairs, "--vectors", file, *drawn, "--template", "{input} = {output}")
+    expected = tv.sweep_layers(tiny.twins.bridge, task, prompts, vectors.mean())
+    assert [row["accuracy"] for row in swept["layers"]] == [score.accuracy for score in expected.scores]
+    assert (swept["best"], swept["ties"]) == (expected.best, list(expected.ties))
+    again = as_json(capsys, "sweep", pairs, *drawn, "--template", "{input} = {output}")
+    assert again == swept
+    code, out, _ = call(capsys, "sweep", pairs, *drawn, "--first-token")
+    assert (code, f"best layer {expected.best}" in out) == (0, True)
+
+    answered = as_json(capsys, "generate", "zz", "[b]", "--vectors", file, "--layer", "2", "--model", tiny.folder)
+    asked = [tv.Prompt((), query, template=tv.Template("{input} = {output}")) for query in ("zz", "[b]")]
+    patched = tv.patch_generate(tiny.twins.bridge, asked, vectors.mean(), 2)
+    plain = tv.generate(tiny.twins.bridge, asked)
+    assert answered == [
+        {"query": query, "patched": with_vector, "zero-shot": without}
+        for query, with_vector, without in zip(("zz", "[b]"), patched, plain, strict=True)
+    ]
+    code, out, _ = call(capsys, "generate", "[b]", "--vectors", file, "--layer", "2", "--model", tiny.folder)
+    assert "[b]" in out  # as text, not as a style
+
+
+def test_a_mistake_is_one_line_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.csv").write_text("a,b\nc\n")
+    (tmp_path / "v.safetensors").write_bytes(b"x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    model, file = ["--model", tiny.folder], str(tmp_path / "v.safetensors")
+    for args, code, message in (
+        (["run", "antonym", *model], 2, "no task 'antonym'; did you mean antonyms?"),
+        (["run", "antonyms"], 2, "say which model: --model NAME, or --demo"),
+        (["run", "antonyms", "--demo", *model], 2, "say which model"),
+        (["run", "antonyms", "--category", "knowledge", *model], 2, "not both"),
+        (["run", "antonyms", "--save", "x.xlsx", *model], 2, "must end in .json or .parquet"),
+        (["run", "antonyms", "--save", str(tmp_path / "none" / "x.json"), *model], 2, "there is no folder"),
+        (["run", "antonyms", "--rule", "fuzzy", *model], 2, "is not starts_with or exact_match"),
+        (["run", "antonyms", "--dtype", "int8", *model], 2, "dtype 'int8'"),
+        (["run", "antonyms", "--folder", str(tmp_path / "full"), *model], 1, "not empty and holds no experiment"),
+        (["run", "antonyms", "--shots", "70", *model], 1, "70 shots and a query need 71"),
+        (["run", "antonyms", "--template", "{input}", *model], 1, "{output} 0 times"),
+        (["run", str(tmp_path / "bad.csv"), *model], 1, "bad.csv, line 2"),
+        (["run", str(tmp_path / "none.csv"), *model], 1, "none.csv"),
+        (["tasks", "--category", "x"], 2, "there are algorithmic, knowledge"),
+        (["sweep", "antonyms", "--model", str(tmp_path)], 1, f"cannot load the model '{tmp_path}'"),
+        (["extract", "antonyms", "--to", "x.pt", *model], 2, "must end in .safetensors"),
+        (["generate", "x", "--vectors", file, "--layer", "2", *model], 1, "not a safetensors file"),
+        (["generate", "x", "--vectors", "none", "--layer", "2", *model], 1, "no such file"),
+    ):
+        found, out, err = call(capsys, *args)
+        assert (found, out) == (code, ""), (args, err)
+        assert message in err
+        ours = [line for line in err.splitlines() if line.startswith("tv-lens: ")]
+        assert len(ours) == 1
+        assert "Traceback" not in err
+    for args in (["nonsense"], ["run", "--nonsense"], ["run", "--shots", "many"], ["extract"]):
+        assert call(capsys, *args)[0] == 2
+
+
+def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise AttributeError("ours")
+
+    monkeypatch.setattr(tv, "library", fail, raising=False)
+    with pytest.raises(AttributeError):
+        main(["tasks"])
+
+
+def process(*args: str, **options: Any) -> subprocess.Popen[str]:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **options}
+    command = [sys.executable, "-m", "tv_lens", *args]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['tv-lens', {!r}]\nfrom tv_lens.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    )
+    code += "print({{'torch', 'transformer_lens', 'pandas'}} & set(sys.modules), file=sys.stderr)"
+    for asked, shown in (("--help", "sweep"), ("tasks", "antonyms")):
+        run = subprocess.run([sys.executable, "-c", code.format(asked)], capture_output=True, text=True, check=True)
+        assert shown in run.stdout
+        assert run.stderr.strip() == ("set()" if asked == "--help" else "{'pandas'}")
+
+
+def test_a_killed_run_goes_on_and_other_hashing_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    names = [name for name, task in tv.library().items() if task.category in ("algorithmic", "translation")]
+    args = ["run", *names, "--model", tiny.folder, *SMALL, "--json"]
+    killed = process(*args, "--folder", str(folder), PYTHONHASHSEED="1")
+    deadline = time.monotonic() + 200
+    while killed.poll() is None and len(list(folder.glob("task-*.json"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("task-*.json")}
+    assert 2 <= len(kept) < len(names)
+
+    went_on = process(*args, "--folder", str(folder), PYTHONHASHSEED="2")
+    fresh = process(*args, PYTHONHASHSEED="3")
+    (first, err), (second, _) = went_on.communicate(), fresh.communicate()
+    assert (went_on.returncode, fresh.returncode) == (0, 0), err
+    assert json.loads(first) == json.loads(second)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # not run again
+    assert len(list(folder.glob("task-*.json"))) == len(names)
