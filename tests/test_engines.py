@@ -12,11 +12,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
-from tv_lens import engines
 
 
 def whole(engine: tv.LocalEngine, texts: tuple[str, ...] = TEXTS) -> list[tuple[list[int], tv.Tokens]]:
-    return list(engines.batches(engine, texts))
+    return [(list(tokens.rows), tokens) for tokens in engine.batches(texts)]
 
 
 def reads(engine: tv.LocalEngine, texts: tuple[str, ...] = TEXTS) -> Tensor:
@@ -124,8 +123,8 @@ def test_shared_prefix_equals_a_fresh_run(twins: Twins, layer: int) -> None:
         engine = tv.LocalEngine(twins.bridge, prepend_bos=prepend_bos, batch_size=batch_size)
         shortest = min(tokens.ids.shape[1] for tokens, _ in engine.shared(groups))
         seen = []
-        for rows, tokens, past in engines.shared(engine, groups):
-            again = engine.fork(past)
+        for tokens, past in engine.shared(groups):
+            rows, again = tokens.rows, engine.fork(past)
             found, written = engine.read(tokens, past), engine.step(tokens, patch.keep(rows), again)[0]
             for place, row in enumerate(rows):
                 ids = ids_of(twins.bridge, texts[row], prepend_bos)
@@ -143,9 +142,9 @@ def test_pads_in_the_middle_may_not_pass_the_context(twins: Twins) -> None:
     engine = tv.LocalEngine(twins.bridge, prepend_bos=False)
     groups = [["x " * 25 + "a " * 20, "x " * 25 + "b"], ["y " * 48 + "a", "y " * 48 + "b c"]]
     texts = [text for group in groups for text in group]
-    for rows, tokens, past in engines.shared(engine, groups):
+    for tokens, past in engine.shared(groups):
         found = engine.read(tokens, past)
-        for place, row in enumerate(rows):
+        for place, row in enumerate(tokens.rows):
             expected = plain_run(twins, ids_of(twins.bridge, texts[row], False))[0]
             torch.testing.assert_close(found[place], expected, atol=1e-4, rtol=0)
 
@@ -159,7 +158,7 @@ def test_a_shared_prefix_is_run_once(substitutes: int) -> None:
     groups = [[f"{first} -> cold\n{tail} ->" for tail in tails] for first in ("x", "y", "z")]
     n_whole = ids_of(bridge, groups[0][0]).shape[1]
     tail = ids_of(bridge, "a ->", prepend_bos=False).shape[1]
-    run = count_positions(bridge, lambda: [engine.read(t, past) for _, t, past in engines.shared(engine, groups)])
+    run = count_positions(bridge, lambda: [engine.read(t, past) for t, past in engine.shared(groups)])
     assert run == 3 * ((n_whole - tail) + substitutes * tail)
 
 
@@ -261,3 +260,49 @@ def test_a_past_without_copies_is_still_independent() -> None:
     before = copy.deepcopy(past)
     engine.step(tokens.then(torch.tensor([5, 6, 7, 8])), past=engine.fork(past))
     assert torch.equal(past.layers[0].keys, before.layers[0].keys)
+
+
+def small_memory(bridge: TransformerBridge, most_rows: int) -> torch.utils.hooks.RemovableHandle:
+    """Makes every pass of more rows fail as it does where a GPU is full, half way up the model."""
+
+    def full(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        if len(args[0]) > most_rows:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    return bridge.original_model.model.layers[2].register_forward_pre_hook(full)
+
+
+@pytest.mark.parametrize("most_rows", [1, 2, 7])
+def test_where_memory_runs_out_smaller_passes_go_on(most_rows: int) -> None:
+    """Also where it is the shared prefix that is too large, which has a row for each prompt."""
+    bridge = make_twins("llama").bridge
+    task = tv.Task.from_mapping(
+        "t", {a: a.upper() for a in ("hot", "cold", "big", "small", "tall", "x", "a quick fox")}
+    )
+    prompts = task.sample(5, shots=2, seed=0)
+    substitutes = task.substitutes(prompts, 2, seed=0)
+
+    def everything() -> tuple[Tensor, tv.Sweep, tv.Completions, Tensor]:
+        engine = tv.LocalEngine(bridge)
+        vectors = tv.extract(engine, prompts, substitutes)
+        sweep = tv.sweep_layers(engine, task, prompts, vectors, max_new_tokens=3)
+        return vectors.values, sweep, tv.generate(engine, prompts), tv.patched_logits(engine, prompts, vectors, 1)
+
+    expected = everything()
+    handle = small_memory(bridge, most_rows)
+    with pytest.warns(UserWarning, match="tiny-llama: no memory for .* rows in a pass; going on with fewer") as warned:
+        found = everything()
+    handle.remove()
+    assert len(warned) == 1
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
+    assert found[1] == expected[1]
+    assert found[2].texts == expected[2].texts
+    torch.testing.assert_close(found[3], expected[3], atol=1e-5, rtol=0)
+
+
+def test_memory_too_small_for_one_row_is_an_error() -> None:
+    bridge = make_twins("llama").bridge
+    handle = small_memory(bridge, 0)
+    with pytest.warns(UserWarning, match="no memory for 3 rows"), pytest.raises(torch.cuda.OutOfMemoryError):
+        tv.generate(bridge, [tv.Prompt((), text) for text in ("a", "hot", "x")])
+    handle.remove()

@@ -11,9 +11,10 @@ import copy
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -74,7 +75,7 @@ class Engine(Protocol):
 
     An engine may offer more, and is asked for it where it does: `name`, `dtype` and `prepend_bos` (recorded as
     provenance), `continues` (False where `step` gives no past), `ends` (ids that end a text), `pad` (the id that
-    fills ended rows), `progress`, `shared` and `select` (see `LocalEngine`).
+    fills ended rows), `progress`, `shared`, `select` and `halve` (see `LocalEngine`).
     """
 
     n_layers: int
@@ -130,6 +131,9 @@ class LocalEngine:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; use 1 or more, or None for as many as fit")
         self.bridge, self.batch_size, self.progress = bridge, batch_size, progress
+        # How many rows the pass at hand has, and how many there is memory for, once a pass has found out.
+        self._tried: int = 1
+        self._most: int | None = None
         cfg = bridge.cfg
         # A model booted from a folder is called by the folder's name: a user's path is nobody's provenance.
         model_name = str(getattr(cfg, "model_name", None) or type(bridge.original_model).__name__)
@@ -219,10 +223,12 @@ class LocalEngine:
                 prefix = None
                 if any(start.values()):
                     prefix = self._pad([rows[g][0][: start[g]] for g in chunk], chunk)
+                    self._tried = len(chunk)
                     past = self._prefill(prefix)
                 width = max(1, self._rows(max(lengths[g] for g in chunk)) // len(chunk))
                 for first in range(0, k, width):
                     members = range(first, min(k, first + width))
+                    self._tried = len(chunk) * len(members)
                     tokens = self._pad(
                         [rows[g][m][start[g] :] for g in chunk for m in members],
                         [g * k + m for g in chunk for m in members],
@@ -388,9 +394,21 @@ class LocalEngine:
         return [known[text] for text in texts]
 
     def _rows(self, longest: int) -> int:
-        if self.batch_size is not None:
-            return self.batch_size
-        return max(1, min(_POSITIONS // longest, _LOGITS // int(self.bridge.cfg.d_vocab)))
+        fit = self.batch_size or max(1, min(_POSITIONS // longest, _LOGITS // int(self.bridge.cfg.d_vocab)))
+        return fit if self._most is None else min(fit, self._most)
+
+    def halve(self) -> bool:
+        """From now on no more than half as many rows in a pass as the last one had; False where it had one."""
+        if self._tried < 2:
+            return False
+        if self._most is None:
+            warnings.warn(
+                f"{self.name}: no memory for {self._tried} rows in a pass; going on with fewer. "
+                f"LocalEngine(model, batch_size={self._tried // 2}) begins there",
+                stacklevel=2,
+            )
+        self._most = self._tried // 2
+        return True
 
     def _chunks(self, order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
         """`order`, the longest first, in pieces of as many as go into one pass."""
@@ -433,37 +451,49 @@ def engine_name(engine: Engine) -> str:
     return getattr(engine, "name", type(engine).__name__)
 
 
-def batches(engine: Engine, texts: Sequence[str], room: int = 0) -> Iterator[tuple[list[int], Tokens]]:
-    """The engine's batches with the numbers of the texts they hold, behind a progress bar. Texts that leave
-    no `room` for so many more tokens are refused before the first.
+def run_all(
+    engine: Engine, groups: Sequence[Sequence[str]], work: Callable[[list[int], Tokens, Past], None], room: int = 0
+) -> None:
+    """Give every text to `work(rows, tokens, past)`, many in a pass, behind a progress bar. The groups are of equal
+    size and hold texts that begin alike; the rows are numbered through them.
+
+    When memory runs out, what is left goes on in smaller passes, where the engine can make them so; `work` may
+    then see a row a second time. Texts that leave no `room` for so many more tokens are refused before the first.
+
+    Raises:
+        ValueError: an empty text, or one too long.
     """
-    batched = list(engine.batches(texts, **_room(engine, room)))
-    done = 0
-    with bar(engine, len(texts)) as shown:
-        for tokens in batched:
-            size = len(tokens.ids)
-            yield list(tokens.rows or range(done, done + size)), tokens
-            done += size
-            shown.update(size)
+    k = len(groups[0])
+    left = list(range(len(groups)))
+    done: set[int] = set()
+
+    def go_on() -> None:  # a function, as its end sets free what a failed pass held
+        for tokens, past in _passes(engine, [groups[g] for g in left], room):
+            rows = [left[row // k] * k + row % k for row in tokens.rows]
+            work(rows, tokens, past)
+            shown.update(len(set(rows) - done))
+            done.update(rows)
+
+    with bar(engine, k * len(groups)) as shown:
+        while left:
+            try:
+                go_on()
+            except torch.cuda.OutOfMemoryError:
+                if not (hasattr(engine, "halve") and engine.halve()):
+                    raise
+            left = [g for g in left if not done.issuperset(range(g * k, g * k + k))]
 
 
-def shared(engine: Engine, groups: Sequence[Sequence[str]], room: int = 0) -> Iterator[tuple[list[int], Tokens, Past]]:
-    """Rows to run, with the past they go on from, for groups of texts that begin alike; the numbers count
-    through the groups. An engine that cannot share gets every text whole.
-    """
-    texts = [text for group in groups for text in group]
-    if not hasattr(engine, "shared"):
-        for rows, tokens in batches(engine, texts, room):
-            yield rows, tokens, None
+def _passes(engine: Engine, groups: Sequence[Sequence[str]], room: int) -> Iterator[tuple[Tokens, Past]]:
+    """Rows to run, with the past they go on from; an engine that cannot share gets every text whole."""
+    if isinstance(engine, LocalEngine) or hasattr(engine, "shared"):
+        yield from engine.shared(groups, room)
         return
-    with bar(engine, len(texts)) as shown:
-        for tokens, past in engine.shared(groups, **_room(engine, room)):
-            yield list(tokens.rows), tokens, past
-            shown.update(len(tokens.rows))
-
-
-def _room(engine: Engine, room: int) -> dict[str, int]:
-    return {"room": room} if isinstance(engine, LocalEngine) else {}
+    done = 0
+    for tokens in engine.batches([text for group in groups for text in group]):
+        size = len(tokens.ids)
+        yield replace(tokens, rows=tokens.rows or tuple(range(done, done + size))), None
+        done += size
 
 
 def bar(engine: Engine, total: int, unit: str = "row") -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from tv_lens.engines import Engine, batches, engine_for, engine_name, shared
+from tv_lens.engines import Engine, Past, Tokens, engine_for, engine_name, run_all
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.vectors import TaskVectors
 
@@ -33,8 +33,7 @@ def extract(model: Any, prompts: Sequence[Prompt], substitutes: Sequence[Sequenc
         [prompt.asking(query).text for query in queries] for prompt, queries in zip(prompts, substitutes, strict=True)
     ]
     read = torch.empty(len(prompts) * k, engine.n_layers, engine.d_model)
-    for rows, tokens, past in shared(engine, groups):
-        read[rows] = engine.read(tokens, past)
+    run_all(engine, groups, _reading_into(read, engine))
     means = reduce(read, "(prompt substitute) layer d_model -> prompt layer d_model", "mean", substitute=k)
     return _vectors(engine, means, prompts, tuple(map(tuple, substitutes)), "extract")
 
@@ -59,10 +58,18 @@ def extract_across(model: Any, prompts: Sequence[Prompt]) -> TaskVectors:
                 "average; sample more prompts or more inputs"
             )
     read = torch.empty(len(prompts), engine.n_layers, engine.d_model)
-    for rows, tokens in batches(engine, [prompt.text for prompt in prompts]):
-        read[rows] = engine.read(tokens)
+    run_all(engine, [[prompt.text] for prompt in prompts], _reading_into(read, engine))
     means = torch.stack([read[left].mean(dim=0) for left in others])
     return _vectors(engine, means, prompts, (), "extract_across")
+
+
+def _reading_into(
+    read: Float[Tensor, "row layer d_model"], engine: Engine
+) -> Callable[[list[int], Tokens, Past], None]:
+    def work(rows: list[int], tokens: Tokens, past: Past) -> None:
+        read[rows] = engine.read(tokens, past)
+
+    return work
 
 
 def _check_substitutes(prompts: Sequence[Prompt], substitutes: Sequence[Sequence[str]]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.utilities.logits_utils import sample_logits
 from transformer_lens.utilities.statistics import derive_generator
 
-from tv_lens.engines import Engine, Past, Patch, Tokens, batches, engine_for, engine_name, shared
+from tv_lens.engines import Engine, Past, Patch, Tokens, engine_for, engine_name, run_all
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.vectors import TaskVectors, check_layer
 
@@ -131,9 +131,12 @@ def patched_logits(
     check_prompts(prompts)
     patch = patch_for(engine, len(prompts), vectors, layer)
     logits: list[Tensor] = [torch.empty(0)] * len(prompts)
-    for rows, tokens in batches(engine, [prompt.zero_shot().text for prompt in prompts]):
-        for row, result in zip(rows, engine.step(tokens, patch.keep(rows))[0].float().cpu(), strict=True):
+
+    def work(rows: list[int], tokens: Tokens, past: Past) -> None:
+        for row, result in zip(rows, engine.step(tokens, patch.keep(rows), past)[0].float().cpu(), strict=True):
             logits[row] = result
+
+    run_all(engine, [[prompt.zero_shot().text] for prompt in prompts], work)
     return torch.stack(logits)
 
 
@@ -234,12 +237,13 @@ def answer_all(
     keys = row_keys(texts)
     answers: list[str] = [""] * len(prompts)
     ids: list[list[int]] = [[]] * len(prompts)
-    for rows, tokens in batches(engine, texts, room=max_new_tokens - 1):
+
+    def work(rows: list[int], tokens: Tokens, past: Past) -> None:
         found = complete(
             engine,
             tokens,
             None if patch is None else patch.keep(rows),
-            None,
+            past,
             [prompts[row] for row in rows],
             [keys[row] for row in rows],
             max_new_tokens,
@@ -247,6 +251,8 @@ def answer_all(
         )
         for row, answer, chosen in zip(rows, *found, strict=True):
             answers[row], ids[row] = answer, chosen
+
+    run_all(engine, [[text] for text in texts], work, room=max_new_tokens - 1)
     longest, pad = max(map(len, ids)), getattr(engine, "pad", 0)
     return Completions(tuple(answers), torch.tensor([row + [pad] * (longest - len(row)) for row in ids]))
 
@@ -265,7 +271,8 @@ def answer_side_by_side(
     )
     asked = [prompt.zero_shot() for prompt in prompts]
     answers = [[""] * len(prompts) for _ in patches]
-    for rows, tokens, past in shared(engine, [[prompt.text] * k for prompt in asked], room=max_new_tokens - 1):
+
+    def work(rows: list[int], tokens: Tokens, past: Past) -> None:
         found, _ = complete(
             engine,
             tokens,
@@ -278,6 +285,8 @@ def answer_side_by_side(
         )
         for row, answer in zip(rows, found, strict=True):
             answers[row % k][row // k] = answer
+
+    run_all(engine, [[prompt.text] * k for prompt in asked], work, room=max_new_tokens - 1)
     return answers
 
 
