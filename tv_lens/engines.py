@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -318,8 +319,14 @@ class LocalEngine:
                 f"{self.name}: {len(hooks)} layers were to be patched and {len(fired)} writes happened; "
                 "the logits would not be those of a patched run"
             )
-        if past is None and self.continues:
-            raise RuntimeError(f"{self.name} returned no KV cache, so a next step would be wrong")
+        if self.continues:
+            seen = 0 if past is None else int(past.get_seq_length())
+            if seen != tokens.mask.shape[1]:
+                raise RuntimeError(
+                    f"{self.name}: the KV cache holds {seen} of {tokens.mask.shape[1]} positions, so the "
+                    f"next token would be wrong; transformer-lens {version('transformer-lens')} does not fill the "
+                    f"caches of transformers {version('transformers')}: pip install 'transformers>=5.9,<5.24'"
+                )
         return logits, past
 
     def _prefill(self, tokens: Tokens) -> Past:
