@@ -50,6 +50,27 @@ def test_the_quickstart_prints_what_the_readme_shows(demo: TransformerBridge) ->
         assert numbers(line) == pytest.approx(numbers(expected), abs=0.11 if "->" not in line else 1e9)
 
 
+@pytest.mark.parametrize(
+    ("example", "shown"),
+    [
+        (("own_data.py",), "best layer on dev: "),
+        (("conflict.py",), "demonstrations of present_to_past, vector of present_to_gerund at layer"),
+        (("experiment.py", "results", "to_upper"), "to_upper: patched at layer"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_the_other_examples_run(demo: TransformerBridge, example: tuple[str, ...], shown: str, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / example[0]), *example[1:]],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown in run.stdout
+
+
 def outline(line: str) -> str:
     line = re.sub(r"-> .* expected", "-> ... expected", line)
     return re.sub(r"#+|\[.*?\]|\d+\.\d+", "", line).rstrip()  # layers stay as they are

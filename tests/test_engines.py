@@ -306,3 +306,13 @@ def test_memory_too_small_for_one_row_is_an_error() -> None:
     with pytest.warns(UserWarning, match="no memory for 3 rows"), pytest.raises(torch.cuda.OutOfMemoryError):
         tv.generate(bridge, [tv.Prompt((), text) for text in ("a", "hot", "x")])
     handle.remove()
+
+
+def test_a_cache_that_was_not_filled_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers 5.24 gives one under TransformerLens 4.3: the next token would come from nowhere."""
+    bridge = make_twins("llama").bridge
+    run = bridge.run_with_hooks
+    empty = transformers.DynamicCache()
+    monkeypatch.setattr(bridge, "run_with_hooks", lambda *args, **kwargs: (run(*args, **kwargs)[0], empty))
+    with pytest.raises(RuntimeError, match=r"tiny-llama: the KV cache holds 0 of \d+ positions, .*transformers<5.24"):
+        tv.generate(bridge, [tv.Prompt((), "a ->")])
