@@ -52,6 +52,13 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 4, "n_head": 4}),
     "mpt": ("MptConfig", {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 128}),
     "mistral": ("MistralConfig", _ROTARY | {"sliding_window": 6}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        _ROTARY
+        | {"head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+        | {"linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        | {"shared_expert_intermediate_size": 16},
+    ),
     "mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8}),
 }
 ARCHITECTURES = ("gpt2", "llama", "gpt_neox", "gpt_neo", "bloom", "mpt", "mistral")

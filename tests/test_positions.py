@@ -1,0 +1,133 @@
+"""What is run, counted in token positions: nothing shared twice, nothing that nobody needs, whole prompts where a
+cache cannot be forked. Counts are laws; times are for `benchmark.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import ids_of, make_tokenizer, make_twins, plain_run
+from transformer_lens.model_bridge import TransformerBridge
+
+import tv_lens as tv
+
+# One-letter inputs, so that in this tokenizer every prompt of as many shots has as many tokens.
+LETTERS = tv.Task.from_mapping("letters", {letter: letter for letter in "bcdfjkmpvy"})
+
+
+def count_positions(bridge: TransformerBridge, run: Callable[[], Any]) -> int:
+    """How many positions, pads among them, went through the first block."""
+    count = 0
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        nonlocal count
+        hidden = args[0] if args else kwargs["hidden_states"]
+        count += hidden.shape[0] * hidden.shape[1]
+
+    blocks = next(m for m in bridge.original_model.modules() if isinstance(m, torch.nn.ModuleList))
+    handle = blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return count
+
+
+@pytest.mark.parametrize("shots", [1, 3])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_extraction_runs_demonstrations_once(shots: int, k: int) -> None:
+    """P prompts of prefix n and k substitutes of tail t: P * (n + k * t) positions."""
+    bridge = make_twins("llama").bridge
+    prompts = LETTERS.sample(4, shots=shots, seed=0)
+    substitutes = LETTERS.substitutes(prompts, k, seed=0)
+    whole = {
+        ids_of(bridge, p.asking(query).text).shape[1] for p, s in zip(prompts, substitutes, strict=True) for query in s
+    }
+    assert len(whole) == 1
+    tail = ids_of(bridge, "b ->", prepend_bos=False).shape[1]
+    prefix = whole.pop() - tail
+    run = count_positions(bridge, lambda: tv.extract(bridge, prompts, substitutes))
+    assert run == (4 * (prefix + k * tail) if k > 1 else 4 * (prefix + tail))
+
+
+@pytest.mark.parametrize("layers", [[2], [0, 3], [0, 1, 2, 3]])
+def test_a_sweep_runs_queries_once_and_then_a_token_a_layer(layers: list[int]) -> None:
+    bridge = make_twins("llama").bridge
+    prompts = LETTERS.sample(5, shots=2, seed=0)
+    vectors = tv.extract(bridge, prompts, LETTERS.substitutes(prompts, 1, seed=0))
+    query = ids_of(bridge, "b ->").shape[1]
+    run = count_positions(bridge, lambda: tv.sweep_layers(bridge, LETTERS, prompts, vectors, layers, max_new_tokens=1))
+    assert run == 5 * (query - 1 + len(layers) if len(layers) > 1 else query)
+
+
+def test_a_whole_task_extracts_and_sweeps_once() -> None:
+    """run_experiment beside the sum of its parts; P prompts of 1 shot and one new token all through."""
+    bridge = make_twins("llama").bridge
+    run = count_positions(
+        bridge, lambda: tv.run_experiment(bridge, [LETTERS], shots=1, n_dev=4, n_test=4, max_new_tokens=1)
+    )
+    query = ids_of(bridge, "example:b->").shape[1]
+    whole = ids_of(bridge, "example:b->b\nexample:c->").shape[1]
+    tail = shared_tail(bridge, "example:b->b\nexample:c->", "example:b->b\nexample:d->")
+    extraction = 4 * (whole - tail + 2 * tail)
+    sweep = 4 * (query - 1 + 4)
+    patched = 4 * (query - 1 + 2)  # the vector and the random control; one shot leaves nothing to shuffle
+    assert run == extraction + sweep + 4 * whole + 4 * query + patched
+
+
+def shared_tail(bridge: TransformerBridge, one: str, other: str) -> int:
+    a, b = ids_of(bridge, one)[0].tolist(), ids_of(bridge, other)[0].tolist()
+    same = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+    return len(a) - same
+
+
+@pytest.mark.parametrize("name", ["mistral", "mamba", "qwen3_next"])
+def test_where_a_cache_cannot_be_forked_whole_prompts_are_run(name: str) -> None:
+    """A sliding window shorter than the prompts, with tails of unequal length, and recurrent state: as plain hooks."""
+    twins = make_twins(name)
+    words = ("hot", "a quick", "x", "tall fox", "wet", "brown", "b")
+    task = tv.Task.from_mapping("words", {word: word for word in words})
+    prompts = task.sample(4, shots=3, seed=0)
+    substitutes = task.substitutes(prompts, 2, seed=0)
+    found = tv.extract(twins.bridge, prompts, substitutes)
+    for i, (prompt, queries) in enumerate(zip(prompts, substitutes, strict=True)):
+        texts = [prompt.asking(query).text for query in queries]
+        plain = torch.stack([plain_run(twins, ids_of(twins.bridge, text))[0] for text in texts]).mean(0)
+        torch.testing.assert_close(found.values[i], plain, atol=1e-4, rtol=0)
+    texts = [
+        prompt.asking(query).text for prompt, queries in zip(prompts, substitutes, strict=True) for query in queries
+    ]
+    run = count_positions(twins.bridge, lambda: tv.extract(twins.bridge, prompts, substitutes))
+    assert run >= sum(ids_of(twins.bridge, text).shape[1] for text in texts)  # nothing was shared
+
+    swept = tv.sweep_layers(twins.bridge, task, prompts, found, max_new_tokens=1)
+    for layer, score in zip(swept.layers, swept.scores, strict=True):
+        for i, prompt in enumerate(prompts):
+            ids = ids_of(twins.bridge, prompt.zero_shot().text)
+            logits = plain_run(twins, ids, (layer, ids.shape[1] - 1, found.values[i, layer]))[1]
+            text = twins.bridge.tokenizer.decode([int(logits.argmax())], skip_special_tokens=True)
+            assert score.texts[i] == prompt.template.cut(text)
+
+
+def test_rows_that_have_ended_leave_a_sweep_of_many_tokens() -> None:
+    """A vector that makes the model say its separator at once costs no second token."""
+    twins = make_twins("gpt2", make_tokenizer())
+    prompts = LETTERS.sample(3, shots=1, seed=0)
+    line_end = ids_of(twins.bridge, "\n", prepend_bos=False)[0, -1]
+    unembed = twins.bridge.original_model.lm_head.weight.detach()
+    pointed = unembed[line_end] - unembed.mean(0)
+    values = pointed.expand(1, 4, -1) * 1000
+    vectors = tv.TaskVectors(values, model="tiny-gpt2", task="line end")
+    engine = tv.LocalEngine(twins.bridge)
+    first = tv.sweep_layers(engine, LETTERS, prompts, vectors, [3], max_new_tokens=1)
+    assert set(first.scores[0].texts) == {""}  # the separator, cut
+    one = count_positions(
+        twins.bridge, lambda: tv.sweep_layers(engine, LETTERS, prompts, vectors, [3], max_new_tokens=1)
+    )
+    eight = count_positions(
+        twins.bridge, lambda: tv.sweep_layers(engine, LETTERS, prompts, vectors, [3], max_new_tokens=8)
+    )
+    assert one == eight
