@@ -149,8 +149,12 @@ class TaskVectors:
 
 def _provenance(header: Any) -> dict[str, Any] | int:
     """The fields in a file's header, each of its type; or the header's format, where that is a newer one."""
-    if header["format"] != _FORMAT and isinstance(header["format"], int) and header["format"] > _FORMAT:
+    if type(header["format"]) is not int or header["format"] < 1:
+        raise ValueError("format is a whole number")
+    if header["format"] > _FORMAT:
         return header["format"]
+    if not isinstance(header["versions"], dict):
+        raise ValueError("versions is an object")
     template, bos = header["template"], header["prepend_bos"]
     if not all(isinstance(header[name], str) for name in ("model", "task", "method")):
         raise ValueError("model, task and method are texts")
