@@ -35,9 +35,10 @@ NEW = 8
 
 @dataclass(frozen=True)
 class Bench:
-    """A model, twice, and the work: `bridge` is what tv_lens and the loop run, `plain` what the floor does."""
+    """A model, twice, and the work: `bridge` is what tv_lens (by `engine`) and the loop run, `plain` the floor's."""
 
     bridge: TransformerBridge
+    engine: tv.LocalEngine
     plain: Any
     task: tv.Task
     prompts: list[tv.Prompt]
@@ -104,7 +105,7 @@ def loop_answers(
         ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     cut = bench.prompts[0].template.cut
-    ends = tv.LocalEngine(bench.bridge).ends
+    ends = bench.engine.ends
     texts = []
     for row in ids[:, at + 1 :].tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), len(row))
@@ -178,7 +179,7 @@ def floor_answers(bench: Bench, new: int, copies: int = 1) -> None:
 
 def extraction(bench: Bench) -> list[Way]:
     return [
-        Way("tv_lens", lambda: tv.extract(bench.bridge, bench.prompts, bench.substitutes).values),
+        Way("tv_lens", lambda: tv.extract(bench.engine, bench.prompts, bench.substitutes).values),
         Way("loop", lambda: loop_extract(bench, bench.asked)),
         Way("floor", lambda: floor_extract(bench)),
     ]
@@ -186,7 +187,7 @@ def extraction(bench: Bench) -> list[Way]:
 
 def sweep(bench: Bench, vectors: tv.TaskVectors) -> list[Way]:
     def ours() -> list[list[str]]:
-        found = tv.sweep_layers(bench.bridge, bench.task, bench.prompts, vectors, bench.layers, max_new_tokens=1)
+        found = tv.sweep_layers(bench.engine, bench.task, bench.prompts, vectors, bench.layers, max_new_tokens=1)
         return [list(score.texts) for score in found.scores]
 
     return [
@@ -200,7 +201,7 @@ def generation(bench: Bench, vectors: tv.TaskVectors, layer: int) -> list[Way]:
     return [
         Way(
             "tv_lens",
-            lambda: list(tv.patch_generate(bench.bridge, bench.prompts, vectors, layer, max_new_tokens=NEW)),
+            lambda: list(tv.patch_generate(bench.engine, bench.prompts, vectors, layer, max_new_tokens=NEW)),
         ),
         Way("loop", lambda: loop_answers(bench, bench.queries, NEW, layer, vectors.values[:, layer])),
         Way("floor", lambda: floor_answers(bench, NEW)),
@@ -211,8 +212,7 @@ def experiment(bench: Bench, n: int, shots: int) -> list[Way]:
     """One task, whole: extraction, shuffled extraction, sweep, zero-shot, few-shot, patched and two controls."""
 
     def ours() -> list[list[str]]:
-        engine = tv.LocalEngine(bench.bridge, progress=False)
-        [found] = tv.run_experiment(engine, [bench.task], shots=shots, n_dev=n, n_test=n).results
+        [found] = tv.run_experiment(bench.engine, [bench.task], shots=shots, n_dev=n, n_test=n).results
         test = found.evaluation
         return [list(score.texts) for score in (*found.sweep.scores, test.zero_shot, test.few_shot, test.patched)]
 
@@ -332,6 +332,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     bridge = tv.demo_model() if options.model is None else TransformerBridge.boot_transformers(options.model)
     source = options.model or bridge.original_model.config._name_or_path
+    engine = tv.LocalEngine(bridge, progress=False)
     plain = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     task = tv.library()[options.task]
 
@@ -342,10 +343,10 @@ def main() -> None:
         layers: Sequence[int] = range(bridge.cfg.n_layers),
     ) -> Bench:
         chosen = task.sample(prompts, shots=shots, seed=0, template=tv.PAPER)
-        return Bench(bridge, plain, task, chosen, task.substitutes(chosen, substitutes, seed=0), layers)
+        return Bench(bridge, engine, plain, task, chosen, task.substitutes(chosen, substitutes, seed=0), layers)
 
     bench, middle = bench_of(), 2 * bridge.cfg.n_layers // 3
-    vectors = tv.extract(bridge, bench.prompts, bench.substitutes)
+    vectors = tv.extract(engine, bench.prompts, bench.substitutes)
     print(
         f"{bridge.cfg.model_name}, {task.name}, {options.prompts} prompts of {options.shots} shots, "
         f"{options.threads} threads, torch {torch.__version__}, median of {options.runs} runs"
