@@ -1,4 +1,4 @@
-"""Demonstrations of one task, the vector of another (Hendel et al. 2023, section 5.1): which does the model follow?
+"""Demonstrations of one task, the vector of another (Hendel et al. 2023, section 5): which does the model follow?
 
 python examples/conflict.py [task] [rival]
 """

@@ -19,6 +19,17 @@ from .experiments import (
 )
 from .extraction import extract, extract_across
 from .generation import Completions, generate, greedy, patch_generate, patched_logits, sample
+from .meaning import (
+    Similarities,
+    TopTokens,
+    VectorMap,
+    compare_tasks,
+    map_vectors,
+    pca,
+    similarity,
+    top_tokens,
+    tsne,
+)
 from .prompts import PAPER, Example, Prompt, Template
 from .tasks import Task, exact_match, first_token, library, starts_with
 from .vectors import TaskVectors
@@ -38,12 +49,16 @@ __all__ = [
     "Patch",
     "Prompt",
     "Score",
+    "Similarities",
     "Sweep",
     "Task",
     "TaskResult",
     "TaskVectors",
     "Template",
     "Tokens",
+    "TopTokens",
+    "VectorMap",
+    "compare_tasks",
     "conflict",
     "demo_model",
     "engine_for",
@@ -55,13 +70,18 @@ __all__ = [
     "generate",
     "greedy",
     "library",
+    "map_vectors",
     "mcnemar",
     "patch_generate",
     "patched_logits",
+    "pca",
     "run_experiment",
     "sample",
     "score",
     "shuffle_outputs",
+    "similarity",
     "starts_with",
     "sweep_layers",
+    "top_tokens",
+    "tsne",
 ]

@@ -138,6 +138,20 @@ def run(
 
 
 @app.command()
+def report(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="What `tv-lens run --save` wrote, .json.")],
+    to: Annotated[Path, typer.Option("--to", "-o", help="The page to write, .html.")],
+    as_json: Json = False,
+) -> None:
+    """Make a page of an experiment: a table that sorts, figures, every task's answers. It needs no network to read."""
+    _writable(to, (".html",))
+    experiment = tv.Experiment.load(results)
+    experiment.report(to)
+    row = {"file": str(to), "model": experiment.settings["model"], "tasks": len(experiment.results)}
+    _show([row], row, as_json)
+
+
+@app.command()
 def extract(
     task: TaskName,
     to: Annotated[Path, typer.Option("--to", "-o", help="The file to write, .safetensors.")],

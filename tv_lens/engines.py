@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import RemoteBridge, TransformerBridge
+from transformer_lens.tools.analysis import logit_readout
 
 # What an engine needs to go on from where a pass ended. Opaque outside the engine that made it.
 Past: TypeAlias = Any
@@ -296,6 +297,18 @@ class LocalEngine:
             return None
         past.batch_select_indices(torch.tensor(list(rows), dtype=torch.long))
         return past
+
+    def readout(
+        self, vectors: Float[Tensor, "batch d_model"], k: int
+    ) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"]]:
+        """The `k` likeliest tokens of each vector and their probabilities, through the model's own final norm and
+        unembedding (TransformerLens's `logit_readout`); on the CPU.
+        """
+        with self._quietly():
+            found = logit_readout(self.bridge, vectors, top_k=k, return_type="probs")
+        if found.top_ids is None:
+            raise RuntimeError(f"{self.name} gave no tokens for its vectors")
+        return found.top_ids.cpu(), found.values.float().cpu()
 
     # Inside
 

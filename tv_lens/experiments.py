@@ -21,11 +21,13 @@ from tv_lens.extraction import extract, extract_across
 from tv_lens.files import write_whole
 from tv_lens.generation import answer_all, answer_side_by_side, check_new_tokens, patch_for
 from tv_lens.prompts import PAPER, Example, Prompt, Template, check_prompts
+from tv_lens.tables import to_html
 from tv_lens.tasks import Task, first_token
-from tv_lens.vectors import TaskVectors, check_layer, versions
+from tv_lens.vectors import TaskVectors, check_layer, depth, versions
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Score:
         return pd.DataFrame({"text": self.texts, "answer": self.answers, "correct": self.correct})
 
     def _repr_html_(self) -> str:
-        return f"<p>accuracy {self}</p>{self.to_pandas().to_html()}"
+        return to_html(self.to_pandas(), f"accuracy {self}, {len(self.correct)} prompts")
 
 
 def mcnemar(one: Score, other: Score) -> float:
@@ -82,10 +84,11 @@ def mcnemar(one: Score, other: Score) -> float:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Scores of the same prompts patched at each of several layers."""
+    """Scores of the same prompts patched at each of several layers of a model with `n_layers` of them."""
 
     layers: tuple[int, ...]
     scores: tuple[Score, ...]
+    n_layers: int | None = None
 
     @property
     def best(self) -> int:
@@ -115,13 +118,17 @@ class Sweep:
         return self.scores[self.layers.index(layer)]
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row for each layer: layer, accuracy with its 95% interval (low, high), whether it is the best."""
+        """A row for each layer: layer, depth (the fraction of the model's blocks that have been run), accuracy with
+        its 95% interval (low, high), whether it is the best.
+        """
         import pandas as pd
 
         intervals = [score.interval for score in self.scores]
+        n = self.n_layers
         return pd.DataFrame(
             {
                 "layer": self.layers,
+                **({} if n is None else {"depth": [depth(layer, n) for layer in self.layers]}),
                 "accuracy": [score.accuracy for score in self.scores],
                 "low": [low for low, _ in intervals],
                 "high": [high for _, high in intervals],
@@ -129,9 +136,15 @@ class Sweep:
             }
         )
 
+    def plot(self, *, zero_shot: Score | None = None, few_shot: Score | None = None) -> go.Figure:
+        """Accuracy by layer with its intervals; beside it the lines of `zero_shot` and `few_shot`, where given."""
+        from tv_lens.plots import plot_sweep
+
+        return plot_sweep(self, zero_shot=zero_shot, few_shot=few_shot)
+
     def _repr_html_(self) -> str:
         tied = f", tied with {list(self.ties[1:])}" if len(self.ties) > 1 else ""
-        return f"<p>best layer {self.best}: {self.at(self.best)}{tied}</p>{self.to_pandas().to_html(index=False)}"
+        return to_html(self.to_pandas(), f"best layer {self.best}: {self.at(self.best)}{tied}")
 
 
 def score(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> Score:
@@ -171,7 +184,7 @@ def sweep_layers(
     chosen = _chosen(engine, layers)
     patches = [patch_for(engine, len(prompts), vectors, layer) for layer in chosen]
     answers = answer_side_by_side(engine, prompts, patches, max_new_tokens)
-    return Sweep(tuple(chosen), tuple(score(task, prompts, texts) for texts in answers))
+    return Sweep(tuple(chosen), tuple(score(task, prompts, texts) for texts in answers), engine.n_layers)
 
 
 def _chosen(engine: Engine, layers: Sequence[int] | None) -> Sequence[int]:
@@ -224,8 +237,15 @@ class Evaluation:
         ]
         return pd.DataFrame(rows).astype({"layer": "Int64", "p_value": "Float64"})
 
+    def plot(self) -> go.Figure:
+        """Accuracy by condition with its intervals."""
+        from tv_lens.plots import plot_evaluation
+
+        return plot_evaluation(self)
+
     def _repr_html_(self) -> str:
-        return self.to_pandas().to_html(index=False)
+        title = f"patched at layer {self.layer}, {len(self.patched.correct)} prompts; p: patched against the condition"
+        return to_html(self.to_pandas(), title, {"p_value": "{:.1g}"})
 
 
 def evaluate(
@@ -340,9 +360,14 @@ class Conflict:
         ]
         return pd.DataFrame(rows, columns=["run", "scored as", "task is the", "n", "accuracy", "low", "high"])
 
+    def plot(self) -> go.Figure:
+        """Accuracy as either task, without and with the vector."""
+        from tv_lens.plots import plot_conflict
+
+        return plot_conflict(self)
+
     def _repr_html_(self) -> str:
-        title = f"<p>demonstrations of {self.task}, vector of {self.rival} at layer {self.layer}</p>"
-        return title + self.to_pandas().to_html(index=False)
+        return to_html(self.to_pandas(), f"demonstrations of {self.task}, vector of {self.rival} at layer {self.layer}")
 
 
 def conflict(
@@ -357,7 +382,7 @@ def conflict(
 ) -> Conflict:
     """Which wins, demonstrations of `task` or the vector of `rival`? The few-shot `prompts` keep their
     demonstrations, and `vectors` of the rival are written at their last position (Hendel et al. 2023,
-    section 5.1, conflicting tasks).
+    section 5, conflicting tasks).
 
     Raises:
         ValueError: as `patch_generate`, prompts without demonstrations, or a query the rival has no answer to.
@@ -401,6 +426,13 @@ class TaskResult:
     other_task: str | None
     dev_prompts: tuple[str, ...]
     test_prompts: tuple[str, ...]
+
+    def plot(self) -> go.Figure:
+        """The sweep on dev prompts, beside the zero-shot and few-shot accuracy on test prompts."""
+        return self.sweep.plot(zero_shot=self.evaluation.zero_shot, few_shot=self.evaluation.few_shot)
+
+    def _repr_html_(self) -> str:
+        return self.evaluation._repr_html_()
 
 
 @dataclass(frozen=True)
@@ -481,9 +513,26 @@ class Experiment:
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path}: no saved experiment, or a damaged one ({error!r})") from error
 
+    def plot(self) -> go.Figure:
+        """Accuracy by task: zero-shot, few-shot and patched with their intervals, and the controls."""
+        from tv_lens.plots import plot_experiment
+
+        return plot_experiment(self)
+
+    def report(self, path: str | Path) -> None:
+        """Write everything as one HTML page that needs nothing else to be read, whole or not at all.
+
+        Raises:
+            ImportError: the extra `plots` is not installed.
+            OSError: the folder is missing or cannot be written to.
+        """
+        from tv_lens.report import write_report
+
+        write_report(self, path)
+
     def _repr_html_(self) -> str:
         about = ", ".join(f"{name} {self.settings[name]}" for name in ("model", "scoring", "shots", "seed"))
-        return f"<p>{about}</p>{self.summary().to_html(index=False)}"
+        return to_html(self.summary(), about)
 
 
 def run_experiment(
@@ -689,7 +738,7 @@ def _from_json(data: Mapping[str, Any]) -> TaskResult:
     return TaskResult(
         data["task"],
         data["category"],
-        Sweep(tuple(swept["layers"]), tuple(map(score_of, swept["scores"]))),
+        Sweep(tuple(swept["layers"]), tuple(map(score_of, swept["scores"])), swept.get("n_layers")),
         evaluation,
         data["other_task"],
         tuple(data["dev_prompts"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -66,7 +66,7 @@ class Completions(Sequence[str]):
     """
 
     texts: tuple[str, ...]
-    tokens: Int[Tensor, "prompt new"]
+    tokens: Int[Tensor, "prompt new"] = field(repr=False)
 
     @overload
     def __getitem__(self, index: int) -> str: ...

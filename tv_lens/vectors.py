@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
@@ -17,9 +19,16 @@ from torch import Tensor
 
 from tv_lens.files import write_whole
 from tv_lens.prompts import Template
+from tv_lens.tables import to_html
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Raised when a file can no longer be read by the version before.
 _FORMAT = 1
+
+# What a file of vectors is called in a repository of the Hugging Face hub, unless told otherwise.
+_HUB_FILE = "task_vectors.safetensors"
 
 
 def versions() -> dict[str, str]:
@@ -34,6 +43,16 @@ class TaskVectors:
     `values[i, l]` belongs to prompt `i` and the output of block `l`; float32, on the CPU. `prompts` are the
     texts they were read from (each with its own query), `substitutes` the queries asked instead, `method` how
     they came about, `prepend_bos` whether the model's texts began with a BOS token.
+
+    Vectors of one model can be added, subtracted and multiplied by a number. What comes out names all that it
+    was made of: `task` and `method` hold the formula, `prompts` and `substitutes` those of both sides, and what
+    the sides do not share (a template, BOS) is None.
+
+    >>> past = TaskVectors(torch.full((1, 2, 3), 1.0), "tiny", "past")
+    >>> gerund = TaskVectors(torch.full((1, 2, 3), 4.0), "tiny", "gerund")
+    >>> moved = past + 0.5 * (gerund - past)
+    >>> moved.task, moved.values[0, 0, 0].item()
+    ('past + (0.5 * (gerund - past))', 2.5)
     """
 
     values: Float[Tensor, "prompt layer d_model"]
@@ -92,7 +111,103 @@ class TaskVectors:
 
     def mean(self) -> TaskVectors:
         """One vector a layer, the average over prompts; it is written into every row it is used on."""
-        return replace(self, values=self.values.mean(dim=0, keepdim=True), method=f"mean of {self.method}")
+        return replace(self, values=self.values.mean(dim=0, keepdim=True), method=f"mean of {_term(self.method)}")
+
+    def __add__(self, other: TaskVectors) -> TaskVectors:
+        """Vector by vector; one alone, as `mean()` gives it, goes with each of the other side's.
+
+        Raises:
+            ValueError: vectors of another model, or another number of them.
+        """
+        return self._joined(other, "+") if isinstance(other, TaskVectors) else NotImplemented
+
+    def __sub__(self, other: TaskVectors) -> TaskVectors:
+        """As `+`, with the other side taken away."""
+        return self._joined(other, "-") if isinstance(other, TaskVectors) else NotImplemented
+
+    def __mul__(self, factor: float | int) -> TaskVectors:
+        """Every vector `factor` times as long.
+
+        Raises:
+            ValueError: NaN or infinity.
+        """
+        if isinstance(factor, bool) or not isinstance(factor, (float, int)):
+            return NotImplemented
+        if not math.isfinite(factor):
+            raise ValueError(f"{factor} times a vector is no vector; multiply by a finite number")
+        return replace(
+            self,
+            values=self.values * factor,
+            task=f"{factor:g} * {_term(self.task)}",
+            method=f"{factor:g} * {_term(self.method)}",
+        )
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> TaskVectors:
+        """Every vector turned round: `-1 * vectors`."""
+        return self * -1
+
+    def _joined(self, other: TaskVectors, sign: str) -> TaskVectors:
+        if self.model != other.model or self.values.shape[1:] != other.values.shape[1:]:
+            raise ValueError(
+                f"vectors of {self.model} ({self.n_layers} layers, d_model {self.d_model}) and of {other.model} "
+                f"({other.n_layers} layers, d_model {other.d_model}) do not go together: each model has a residual "
+                "stream of its own; extract both from one model"
+            )
+        if len(self) != len(other) and 1 not in (len(self), len(other)):
+            raise ValueError(
+                f"{len(self)} and {len(other)} vectors cannot be paired; take as many prompts for both, or the "
+                "mean() of one side"
+            )
+        return TaskVectors(
+            self.values + other.values if sign == "+" else self.values - other.values,
+            model=self.model,
+            task=f"{_term(self.task)} {sign} {_term(other.task)}",
+            template=self.template if self.template == other.template else None,
+            prompts=self.prompts + other.prompts,
+            # A row for each prompt, also where one side was read without substitutes.
+            substitutes=_rows(self) + _rows(other) if self.substitutes or other.substitutes else (),
+            method=f"{_term(self.method)} {sign} {_term(other.method)}",
+            prepend_bos=self.prepend_bos if self.prepend_bos == other.prepend_bos else None,
+            versions={
+                name: " and ".join(
+                    dict.fromkeys(each.versions[name] for each in (self, other) if name in each.versions)
+                )
+                for name in {**self.versions, **other.versions}
+            },
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each vector: prompt (its number), layer, depth (the fraction of the model's blocks that have
+        been run), and norm, the vector's length.
+        """
+        import pandas as pd
+
+        layers = list(range(self.n_layers)) * len(self)
+        return pd.DataFrame(
+            {
+                "prompt": [i for i in range(len(self)) for _ in range(self.n_layers)],
+                "layer": layers,
+                "depth": [depth(layer, self.n_layers) for layer in layers],
+                "norm": self.values.norm(dim=-1).flatten().tolist(),
+            }
+        )
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        told = {
+            "task": self.task,
+            "model": self.model,
+            "vectors": f"{len(self)}, of {self.n_layers} layers and d_model {self.d_model}",
+            "method": self.method,
+            "read from": f"{len(self.prompts)} prompts, {sum(map(len, self.substitutes))} substitute queries",
+            "template": "" if self.template is None else repr(self.template.example),
+            "BOS": {True: "prepended", False: "not prepended", None: ""}[self.prepend_bos],
+            "versions": ", ".join(f"{name} {number}" for name, number in self.versions.items()),
+        }
+        return to_html(pd.DataFrame({"": told.keys(), "value": told.values()}), "task vectors")
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with all provenance as JSON in its header, whole or not at all.
@@ -100,11 +215,14 @@ class TaskVectors:
         Raises:
             OSError: the folder is missing or cannot be written to.
         """
+        write_whole(path, self._content())
+
+    def _content(self) -> bytes:
         provenance = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "values"}
         provenance["template"] = None if self.template is None else asdict(self.template)
         provenance["versions"] = dict(self.versions)
         metadata = {"tv_lens": json.dumps({"format": _FORMAT, **provenance}, ensure_ascii=False)}
-        write_whole(path, safetensors.torch.save({"values": self.values.contiguous()}, metadata))
+        return safetensors.torch.save({"values": self.values.contiguous()}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> TaskVectors:
@@ -138,6 +256,48 @@ class TaskVectors:
             raise ValueError(f"{path}: holds {values.dtype} of shape {tuple(values.shape)}, not task vectors")
         return cls(values, **provenance)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        filename: str = _HUB_FILE,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Put the file that `save` writes into a repository of the Hugging Face hub, which is made where there is
+        none, and give its commit's address. `token` is by default the one of `hf auth login`.
+
+        Raises:
+            OSError: the hub cannot be reached, or does not let you write there; the message is huggingface_hub's.
+        """
+        from huggingface_hub import HfApi
+
+        hub = HfApi(token=token)
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        commit = hub.upload_file(
+            path_or_fileobj=self._content(),
+            path_in_repo=filename,
+            repo_id=repo_id,
+            revision=revision,
+            commit_message=f"Task vectors of {self.task}, {self.model}",
+        )
+        return str(commit.commit_url)
+
+    @classmethod
+    def from_hub(
+        cls, repo_id: str, filename: str = _HUB_FILE, *, revision: str | None = None, token: str | None = None
+    ) -> TaskVectors:
+        """Read what `push_to_hub` wrote, by `load`, from the hub or from the copy kept of an earlier download.
+
+        Raises:
+            OSError: no such repository or file, or the hub cannot be reached; the message is huggingface_hub's.
+            ValueError: as `load`.
+        """
+        from huggingface_hub import hf_hub_download
+
+        return cls.load(hf_hub_download(repo_id, filename, revision=revision, token=token))
+
     def check_fits(self, model: str, n_layers: int, d_model: int) -> None:
         """Raises ValueError where the vectors cannot be of that model: another depth or another width."""
         if (self.n_layers, self.d_model) != (n_layers, d_model):
@@ -170,6 +330,20 @@ def _provenance(header: Any) -> dict[str, Any] | int:
         "prompts": prompts,
         "substitutes": substitutes,
     }
+
+
+def depth(layer: int, n_layers: int) -> float:
+    """How far up the model the output of block `layer` is: the fraction of the blocks that have been run."""
+    return (layer + 1) / n_layers
+
+
+def _term(text: str) -> str:
+    """A formula as part of a larger one."""
+    return f"({text})" if re.search(r" [-+*] ", text) else text
+
+
+def _rows(vectors: TaskVectors) -> tuple[tuple[str, ...], ...]:
+    return vectors.substitutes or ((),) * len(vectors.prompts)
 
 
 def check_layer(layer: int, n_layers: int, model: str) -> None:

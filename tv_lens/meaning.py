@@ -1,0 +1,324 @@
+"""Ask what task vectors say: the tokens they point to, how alike they are, and where they lie to each other.
+
+similarity(a, b) = a . b / (|a| |b|), for each vector of `a` with each of `b`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from tv_lens.engines import engine_for, engine_name
+from tv_lens.tables import to_html
+from tv_lens.vectors import TaskVectors, check_layer
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    import plotly.graph_objects as go
+
+_RESAMPLES = 999
+
+# Rows of numbers to two columns, a name for each column, and how it was done.
+Method = Callable[["np.ndarray[Any, Any]"], tuple["np.ndarray[Any, Any]", tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """The likeliest tokens of each vector at one layer, likeliest first."""
+
+    task: str
+    layer: int
+    tokens: tuple[tuple[str, ...], ...]
+    ids: tuple[tuple[int, ...], ...]
+    probabilities: tuple[tuple[float, ...], ...]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each vector and rank: vector (its number), rank (from 1), token as it is written, id,
+        probability.
+        """
+        import pandas as pd
+
+        rows = [
+            (vector, rank, *row)
+            for vector, columns in enumerate(zip(self.tokens, self.ids, self.probabilities, strict=True))
+            for rank, row in enumerate(zip(*columns, strict=True), start=1)
+        ]
+        return pd.DataFrame(rows, columns=["vector", "rank", "token", "id", "probability"])
+
+    def plot(self) -> go.Figure:
+        """The probability of each token, a bar each."""
+        from tv_lens.plots import plot_top_tokens
+
+        return plot_top_tokens(self)
+
+    def _repr_html_(self) -> str:
+        table = self.to_pandas()
+        table["token"] = table["token"].map(repr)  # white space shows
+        return to_html(table, f"{self.task} at layer {self.layer}: top tokens", {"probability": "{:.3f}"})
+
+
+def top_tokens(model: Any, vectors: TaskVectors, layer: int, k: int = 10) -> TopTokens:
+    """The `k` tokens that each vector at `layer` points to, read through the model's own final norm and unembedding
+    as if the model stopped there (Hendel et al. 2023, section 6). For the task's, ask of `vectors.mean()`.
+
+    Raises:
+        ValueError: vectors of another model, a layer out of range, or `k` out of range.
+        TypeError: an engine whose unembedding cannot be had, such as a remote one.
+    """
+    engine = engine_for(model)
+    vectors.check_fits(engine_name(engine), engine.n_layers, engine.d_model)
+    check_layer(layer, engine.n_layers, engine_name(engine))
+    if not hasattr(engine, "readout"):
+        raise TypeError(
+            f"{engine_name(engine)} runs where its unembedding cannot be had; boot the model with "
+            "TransformerBridge.boot_transformers to see what its vectors say"
+        )
+    if k < 1:
+        raise ValueError(f"k is {k}; ask for 1 token or more")
+    ids, probabilities = engine.readout(vectors.at(layer), k)
+    tokens = rearrange(ids, "vector k -> (vector k) 1")
+    # Special tokens are decoded as nothing.
+    words = [word or f"<token {token}>" for word, [token] in zip(engine.decode(tokens), tokens.tolist(), strict=True)]
+    return TopTokens(
+        vectors.task,
+        layer,
+        tuple(tuple(words[i : i + k]) for i in range(0, len(words), k)),
+        tuple(map(tuple, ids.tolist())),
+        tuple(map(tuple, probabilities.tolist())),
+    )
+
+
+def similarity(a: TaskVectors, b: TaskVectors, layer: int) -> Float[Tensor, "a b"]:
+    """The cosine, -1 to 1, between each vector of `a` and each of `b` at `layer`.
+
+    Raises:
+        ValueError: vectors of different models, a layer out of range, or a vector of zeros, which points nowhere.
+    """
+    b.check_fits(a.model, a.n_layers, a.d_model)
+    for each in (a, b):
+        zero = (each.at(layer).norm(dim=-1) == 0).nonzero()
+        if len(zero):
+            raise ValueError(
+                f"vector {int(zero[0])} of {each.task!r} is zero at layer {layer}: it points nowhere, so no cosine"
+            )
+    one, other = (torch.nn.functional.normalize(each.at(layer).double(), dim=-1) for each in (a, b))
+    return (one @ other.T).clamp(-1, 1).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Similarities:
+    """The cosines between vectors of several tasks at one layer: `cosines[i, j]` of vectors `i` and `j`, which
+    belong to `tasks[owners[i]]` and `tasks[owners[j]]`. A vector is never compared with itself.
+    """
+
+    layer: int
+    tasks: tuple[str, ...]
+    owners: tuple[int, ...]
+    cosines: Float[Tensor, "vector vector"]
+
+    @property
+    def within(self) -> float | None:
+        """The mean cosine of two vectors of one task; None where every task has a single vector."""
+        return _mean(self.cosines[self._same & ~torch.eye(len(self.owners), dtype=torch.bool)])
+
+    @property
+    def between(self) -> float | None:
+        """The mean cosine of two vectors of different tasks; None where there is one task."""
+        return _mean(self.cosines[~self._same])
+
+    @cached_property
+    def p_value(self) -> float | None:
+        """How often, were it all the same which vector is of which task, within less between would be as large as
+        it is: a permutation test of 999 shuffles, from a seed of its own. None where there is nothing to compare.
+        """
+        if self.within is None or self.between is None:
+            return None
+        from scipy.stats import permutation_test
+
+        cosines, other = self.cosines.double().numpy(), ~torch.eye(len(self.owners), dtype=torch.bool).numpy()
+
+        def gap(owners: np.ndarray[Any, Any]) -> float:
+            same = owners[:, None] == owners[None, :]
+            return float(cosines[same & other].mean() - cosines[~same].mean())
+
+        found = permutation_test(
+            ([float(owner) for owner in self.owners],),
+            gap,
+            permutation_type="pairings",
+            n_resamples=_RESAMPLES,
+            alternative="greater",
+            vectorized=False,
+            rng=0,
+        )
+        return float(found.pvalue)
+
+    @property
+    def _same(self) -> Tensor:
+        owners = torch.tensor(self.owners)
+        return owners[:, None] == owners[None, :]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each two tasks, also of a task with itself: the number of pairs of vectors, their mean cosine,
+        and the lowest and highest.
+        """
+        import pandas as pd
+
+        owners = torch.tensor(self.owners)
+        rows = []
+        for i, task in enumerate(self.tasks):
+            for j, other in enumerate(self.tasks[i:], start=i):
+                block = self.cosines[owners == i][:, owners == j]
+                if i == j:  # each two once, none with itself
+                    block = block[torch.ones_like(block).triu(1).bool()]
+                some = block.numel() > 0
+                rows.append(
+                    {
+                        "task": task,
+                        "other": other,
+                        "pairs": block.numel(),
+                        "mean": _mean(block),
+                        "lowest": float(block.min()) if some else None,
+                        "highest": float(block.max()) if some else None,
+                    }
+                )
+        return pd.DataFrame(rows).astype(dict.fromkeys(("mean", "lowest", "highest"), "Float64"))
+
+    def matrix(self) -> pd.DataFrame:
+        """The mean cosines, tasks by tasks; missing where a task with a single vector meets itself."""
+        import pandas as pd
+
+        table = self.to_pandas()
+        both = pd.concat([table, table.rename(columns={"task": "other", "other": "task"})])
+        both = both.drop_duplicates(["task", "other"]).pivot(index="task", columns="other", values="mean")
+        return both.loc[list(self.tasks), list(self.tasks)]
+
+    def plot(self) -> go.Figure:
+        """The mean cosines as a heat map, tasks by tasks."""
+        from tv_lens.plots import plot_similarities
+
+        return plot_similarities(self)
+
+    def __str__(self) -> str:
+        within, between = ("none" if x is None else f"{x:.2f}" for x in (self.within, self.between))
+        p = "" if self.p_value is None else f", p {self.p_value:.1g}"
+        return f"layer {self.layer}: mean cosine within tasks {within}, between tasks {between}{p}"
+
+    def _repr_html_(self) -> str:
+        return to_html(self.matrix().rename_axis(None, axis=1).reset_index(), str(self))
+
+
+def compare_tasks(vectors: Sequence[TaskVectors], layer: int) -> Similarities:
+    """How alike the vectors of each task are among themselves and to those of the others (the paper's robustness
+    experiment, Hendel et al. 2023, section 4). Give each task the vectors of its prompts, not their mean.
+
+    Vectors that share demonstrations are not independent: sample the prompts of a task from many inputs.
+
+    Raises:
+        ValueError: fewer than two vectors, two tasks of one name, or as `similarity`.
+    """
+    names = _names(vectors)
+    owners = tuple(i for i, each in enumerate(vectors) for _ in range(len(each)))
+    cosines = torch.cat([torch.cat([similarity(a, b, layer) for b in vectors], dim=1) for a in vectors])
+    return Similarities(layer, names, owners, cosines)
+
+
+@dataclass(frozen=True, eq=False)
+class VectorMap:
+    """Vectors of several tasks laid out on a plane: `points[i]` belongs to `tasks[owners[i]]`."""
+
+    layer: int
+    tasks: tuple[str, ...]
+    owners: tuple[int, ...]
+    points: Float[Tensor, "vector 2"]
+    axes: tuple[str, str]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each vector: task, and its place (x, y)."""
+        import pandas as pd
+
+        x, y = self.points.T.tolist()
+        return pd.DataFrame({"task": [self.tasks[owner] for owner in self.owners], "x": x, "y": y})
+
+    def plot(self) -> go.Figure:
+        """The map, a colour and a symbol for each task."""
+        from tv_lens.plots import plot_map
+
+        return plot_map(self)
+
+    def _repr_html_(self) -> str:
+        return to_html(self.to_pandas(), f"layer {self.layer}: {self.axes[0]}, {self.axes[1]}")
+
+
+def pca(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], tuple[str, str]]:
+    """The two directions along which the vectors differ most (extra `maps`); distances are those of the vectors, as
+    far as the axes' share of the variance goes.
+    """
+    found = _sklearn("decomposition").PCA(n_components=2, svd_solver="full")
+    points = found.fit_transform(rows)
+    first, second = found.explained_variance_ratio_
+    return points, (f"component 1 ({first:.0%} of the variance)", f"component 2 ({second:.0%})")
+
+
+def tsne(*, perplexity: float = 15.0, seed: int = 0) -> Method:
+    """A method for `map_vectors`: t-SNE (extra `maps`), which shows who is whose neighbour and nothing of distances.
+    The perplexity, about how many neighbours each vector has, must be less than the number of vectors.
+    """
+
+    def lay(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], tuple[str, str]]:
+        if not 0 < perplexity < len(rows):
+            raise ValueError(
+                f"perplexity is {perplexity:g} and there are {len(rows)} vectors; use less, or map more vectors"
+            )
+        found = _sklearn("manifold").TSNE(perplexity=perplexity, random_state=seed, init="pca", metric="cosine")
+        return found.fit_transform(rows), ("t-SNE 1", "t-SNE 2")
+
+    return lay
+
+
+def map_vectors(vectors: Sequence[TaskVectors], layer: int, *, method: Method = pca) -> VectorMap:
+    """The vectors of all prompts at `layer` on a plane, by `pca` or by `tsne(perplexity=..., seed=...)` (Hendel et
+    al. 2023, section 4, has the latter).
+
+    Raises:
+        ImportError: the extra `maps` is not installed.
+        ValueError: fewer than three vectors, two tasks of one name, vectors of different models, or a layer out of
+            range.
+    """
+    names = _names(vectors)
+    owners = tuple(i for i, each in enumerate(vectors) for _ in range(len(each)))
+    if len(owners) < 3:
+        raise ValueError(f"{len(owners)} vectors make no map; give those of the prompts rather than their mean")
+    points, axes = method(torch.cat([each.at(layer) for each in vectors]).double().numpy())
+    return VectorMap(layer, names, owners, torch.as_tensor(points, dtype=torch.float32), axes)
+
+
+def _names(vectors: Sequence[TaskVectors]) -> tuple[str, ...]:
+    if isinstance(vectors, TaskVectors) or not all(isinstance(each, TaskVectors) for each in vectors):
+        raise ValueError("give a list of TaskVectors, one for each task")
+    names = tuple(each.task for each in vectors)
+    if sum(map(len, vectors)) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"tasks are {list(names)}; give two vectors or more, each task once and by a name of its own")
+    for each in vectors:
+        each.check_fits(vectors[0].model, vectors[0].n_layers, vectors[0].d_model)
+    return names
+
+
+def _mean(numbers: Tensor) -> float | None:
+    return float(numbers.mean()) if numbers.numel() else None
+
+
+def _sklearn(part: str) -> Any:
+    try:
+        import sklearn.decomposition
+        import sklearn.manifold
+    except ImportError as error:
+        raise ImportError('a map needs scikit-learn; pip install "tv_lens[maps]"') from error
+    return getattr(sklearn, part)
