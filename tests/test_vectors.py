@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import os
 import struct
+import types
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -143,3 +145,148 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert path.read_bytes() == b"second"
     with pytest.raises(OSError, match="nowhere"):
         write_whole(tmp_path / "nowhere" / "file", b"")
+
+
+# Arithmetic
+
+
+def made(task: str, values: list[list[float]], **changes: Any) -> TaskVectors:
+    """Vectors of one layer, from prompts named after the task."""
+    prompts = tuple(f"{task} {i}" for i in range(len(values)))
+    whole = {"template": Template(), "prompts": prompts, "substitutes": tuple((f"s{i}",) for i in range(len(values)))}
+    return TaskVectors(
+        torch.tensor(values)[:, None], model="tiny", task=task, **{**whole, "versions": {"torch": "1"}, **changes}
+    )
+
+
+A, B = made("a", [[1.0, 2.0], [3.0, 4.0]]), made("b", [[10.0, 20.0], [30.0, 50.0]])
+
+
+def test_arithmetic_goes_vector_by_vector() -> None:
+    assert (A + B).values.tolist() == [[[11.0, 22.0]], [[33.0, 54.0]]]
+    assert (B - A).values.tolist() == [[[9.0, 18.0]], [[27.0, 46.0]]]
+    assert (A * 2).values.tolist() == (2 * A).values.tolist() == [[[2.0, 4.0]], [[6.0, 8.0]]]
+    assert (-A).values.tolist() == [[[-1.0, -2.0]], [[-3.0, -4.0]]]
+    # A mean, of one vector, goes with each of the other side's.
+    assert (B - A.mean()).values.tolist() == [[[8.0, 17.0]], [[28.0, 47.0]]]
+    assert (A.mean() + B).values.tolist() == [[[12.0, 23.0]], [[32.0, 53.0]]]
+    assert A.values.tolist() == [[[1.0, 2.0]], [[3.0, 4.0]]]  # as it was
+
+
+def test_what_arithmetic_makes_says_what_it_was_made_of(tmp_path: Path) -> None:
+    made_of = A.mean() + 0.5 * (B.mean() - A.mean())
+    assert made_of.task == "a + (0.5 * (b - a))"
+    assert made_of.method == "mean of extract + (0.5 * (mean of extract - mean of extract))"
+    assert made_of.prompts == ("a 0", "a 1", "b 0", "b 1", "a 0", "a 1")
+    assert made_of.substitutes == (("s0",), ("s1",)) * 3
+    assert (made_of.model, made_of.template, made_of.versions) == ("tiny", Template(), {"torch": "1"})
+    assert (A - B).mean().method == "mean of (extract - extract)"
+    made_of.save(tmp_path / "v.safetensors")
+    loaded = TaskVectors.load(tmp_path / "v.safetensors")
+    assert torch.equal(loaded.values, made_of.values)
+    assert (loaded.task, loaded.prompts, loaded.versions) == (made_of.task, made_of.prompts, made_of.versions)
+
+
+def test_what_two_sides_do_not_share_is_not_claimed() -> None:
+    other = replace(B, template=None, prepend_bos=True, substitutes=(), versions={"torch": "2", "numpy": "3"})
+    for joined in (A + other, A - other):
+        assert (joined.template, joined.prepend_bos) == (None, None)
+        assert joined.versions == {"torch": "1 and 2", "numpy": "3"}
+        assert joined.substitutes == (("s0",), ("s1",), (), ())  # still a row for each prompt
+
+
+def test_wrong_arithmetic_says_what_to_do(as_users_run_it: None) -> None:
+    with pytest.raises(ValueError, match=r"vectors of tiny .* and of large .*1 layers, d_model 2.* extract both"):
+        A + replace(B, model="large")
+    with pytest.raises(ValueError, match="do not go together"):
+        A - TaskVectors(torch.zeros(2, 1, 3), "tiny", "wide")
+    with pytest.raises(ValueError, match="2 and 3 vectors cannot be paired; .* mean"):
+        A + made("c", [[0.0, 0.0]] * 3)
+    for factor in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="multiply by a finite number"):
+            A * factor
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        made("large", [[3e38, 1.0]]) * 10
+    for wrong in (lambda: A + 1, lambda: A * "2", lambda: A * B, lambda: A * True, lambda: A - torch.ones(2)):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_a_table_holds_each_vectors_length() -> None:
+    vectors = TaskVectors(torch.tensor([[[3.0, 4.0], [0.0, 1.0]], [[6.0, 8.0], [0.0, 0.0]]]), "tiny", "t")
+    table = vectors.to_pandas()
+    assert table["prompt"].tolist() == [0, 0, 1, 1]
+    assert table["layer"].tolist() == [0, 1, 0, 1]
+    assert table["depth"].tolist() == [0.5, 1.0, 0.5, 1.0]
+    assert table["norm"].tolist() == [5.0, 1.0, 10.0, 0.0]
+
+
+def test_a_notebook_shows_where_vectors_come_from() -> None:
+    shown = replace(VECTORS, task="<script>")._repr_html_()
+    assert "&lt;script&gt;" in shown
+    assert "<script>" not in shown
+    for told in (
+        "tiny",
+        "3, of 4 layers and d_model 5",
+        "3 prompts, 6 substitute queries",
+        "not prepended",
+        "torch 9.9",
+    ):
+        assert told in shown
+
+
+# The hub, which no test can reach: what is called is checked against huggingface_hub's own signatures.
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """Two repositories' worth of memory in place of the hub."""
+    import huggingface_hub
+
+    state: dict[str, Any] = {"files": {}, "made": []}
+
+    def create_repo(self: Any, repo_id: str, **options: Any) -> None:
+        state["made"].append((repo_id, options, self.token))
+
+    def upload_file(self: Any, **call: Any) -> Any:
+        state["files"][call["repo_id"], call["path_in_repo"], call["revision"]] = call["path_or_fileobj"]
+        state["message"] = call["commit_message"]
+        return types.SimpleNamespace(commit_url="https://hub/commit/1")
+
+    def download(repo_id: str, filename: str, *, revision: str | None = None, token: str | None = None) -> str:
+        path = tmp_path / "downloaded"
+        path.write_bytes(state["files"][repo_id, filename, revision])
+        return str(path)
+
+    api = huggingface_hub.HfApi
+    monkeypatch.setattr(api, "create_repo", create_autospec(api.create_repo, side_effect=create_repo))
+    monkeypatch.setattr(api, "upload_file", create_autospec(api.upload_file, side_effect=upload_file))
+    fetch = huggingface_hub.hf_hub_download
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", create_autospec(fetch, side_effect=download))
+    return state
+
+
+def test_the_hub_keeps_what_a_file_keeps(hub: dict[str, Any]) -> None:
+    assert VECTORS.push_to_hub("me/vectors", private=True, token="hf_x") == "https://hub/commit/1"
+    assert hub["made"] == [("me/vectors", {"private": True, "exist_ok": True}, "hf_x")]
+    assert hub["message"] == "Task vectors of größe, tiny"
+    A.push_to_hub("me/vectors", "a.safetensors", revision="v2")
+    first = TaskVectors.from_hub("me/vectors")
+    second = TaskVectors.from_hub("me/vectors", "a.safetensors", revision="v2")
+    assert torch.equal(first.values, VECTORS.values)
+    assert (first.task, first.prompts) == (VECTORS.task, VECTORS.prompts)
+    assert torch.equal(second.values, A.values)
+
+
+def test_another_file_from_the_hub_is_refused(hub: dict[str, Any]) -> None:
+    hub["files"]["me/model", "task_vectors.safetensors", None] = b"\x80\x04K\x01." * 20
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        TaskVectors.from_hub("me/model")
+
+
+def test_without_the_hub_the_error_says_so() -> None:
+    """HF_HUB_OFFLINE is set, so this reaches huggingface_hub's own refusal and no network."""
+    with pytest.raises(OSError, match="(?i)offline|cannot find"):
+        TaskVectors.from_hub("me/vectors")
+    with pytest.raises(OSError, match="(?i)offline"):
+        VECTORS.push_to_hub("me/vectors")

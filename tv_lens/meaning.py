@@ -267,7 +267,7 @@ def pca(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], tuple[str, st
     return points, (f"component 1 ({first:.0%} of the variance)", f"component 2 ({second:.0%})")
 
 
-def tsne(*, perplexity: float = 15.0, seed: int = 0) -> Method:
+def tsne(*, perplexity: float | int = 15, seed: int = 0) -> Method:
     """A method for `map_vectors`: t-SNE (extra `maps`), which shows who is whose neighbour and nothing of distances.
     The perplexity, about how many neighbours each vector has, must be less than the number of vectors.
     """
