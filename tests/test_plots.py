@@ -1,0 +1,171 @@
+"""Figures hold the numbers of their results, and can be told apart without colour."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import plotly.graph_objects as go
+import pytest
+import torch
+
+import tv_lens as tv
+from tv_lens import Conflict, Evaluation, Experiment, Score, Sweep, TaskResult, TaskVectors, TopTokens
+
+EVIL = "<script>%{x}</script>"
+SHOWN = "&lt;script&gt;%&#123;x}&lt;/script&gt;"
+
+
+def score_of(right: int, n: int = 10) -> Score:
+    return Score(("x",) * n, ("y",) * n, (True,) * right + (False,) * (n - right))
+
+
+SWEEP = Sweep((2, 0, 3), (score_of(8), score_of(0), score_of(8)), n_layers=4)
+EVALUATION = Evaluation(
+    2, score_of(1), score_of(9), score_of(8), {"random": score_of(0), "other": score_of(2), "shuffled": score_of(4)}
+)
+CONFLICT = Conflict(EVIL, "rival", 2, score_of(9), score_of(0), score_of(3), score_of(7))
+RESULTS = tuple(
+    TaskResult(
+        name, "c", SWEEP, EVALUATION if name == "b" else Evaluation(3, *[score_of(5)] * 3, controls), None, (), ()
+    )
+    for name, controls in ((EVIL, {"random": score_of(3)}), ("b", {}))
+)
+EXPERIMENT = Experiment({"model": "tiny", "scoring": "full answer"}, RESULTS)
+ROWS = (([0, 1], EVIL), ([1, 2, 2], "b"), ([0], "c"))
+ALIKE = tv.compare_tasks([TaskVectors(torch.eye(3)[rows, None], "tiny", name) for rows, name in ROWS], 0)
+MAP = tv.map_vectors([TaskVectors(torch.eye(4)[:3, None], "m", EVIL), TaskVectors(torch.eye(4)[3:, None], "m", "b")], 0)
+TOKENS = TopTokens(EVIL, 3, (("a", "b\n"), ("\ufffd", "\ufffd")), ((7, 8), (9, 10)), ((0.5, 0.25), (0.75, 0.125)))
+
+FIGURES = {
+    "sweep": lambda: SWEEP.plot(zero_shot=score_of(1), few_shot=score_of(9)),
+    "task": lambda: RESULTS[0].plot(),
+    "evaluation": lambda: EVALUATION.plot(),
+    "conflict": lambda: CONFLICT.plot(),
+    "experiment": lambda: EXPERIMENT.plot(),
+    "similarities": lambda: ALIKE.plot(),
+    "map": lambda: MAP.plot(),
+    "tokens": lambda: TOKENS.plot(),
+}
+
+
+def trace(figure: go.Figure, name: str) -> go.BaseTraceType:
+    [found] = [each for each in figure.data if each.name == name]
+    return found
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_names_its_axes_and_escapes_text(name: str) -> None:
+    figure = FIGURES[name]()
+    assert isinstance(figure, go.Figure)
+    assert figure.layout.title.text
+    assert figure.layout.xaxis.title.text
+    assert figure.layout.yaxis.title.text
+    # What a task is called is nobody's markup, and no template for what is shown under the pointer.
+    assert "<script>" not in figure.to_json()
+    assert "%{x}</" not in figure.to_json()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_two_series_differ_by_colour_alone(name: str) -> None:
+    series = [each for each in FIGURES[name]().data if each.showlegend is not False and each.type != "heatmap"]
+    if name == "evaluation":
+        return  # each bar stands over its own name
+
+    def look(each: go.BaseTraceType) -> tuple[object, ...]:
+        if each.type == "bar":
+            return "bar", each.marker.pattern.shape, each.marker.color if each.name in ("zero-shot", "patched") else ""
+        return "line", each.mode, each.fill, each.line.dash, each.marker.symbol
+
+    assert len({look(each) for each in series}) == len(series)
+    if name == "experiment":  # of the two bars without a pattern one is much brighter
+        assert brightness("#BFBFBF") > 2 * brightness("#0072B2")
+        assert (trace(FIGURES[name](), "zero-shot").marker.color, trace(FIGURES[name](), "patched").marker.color) == (
+            "#BFBFBF",
+            "#0072B2",
+        )
+
+
+def brightness(colour: str) -> float:
+    """WCAG's relative luminance."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_a_sweep_is_drawn_by_layer_with_its_intervals_and_depths() -> None:
+    figure = SWEEP.plot(zero_shot=score_of(1), few_shot=score_of(9))
+    line, band = trace(figure, "patched"), trace(figure, "95% interval")
+    assert (line.x, line.y) == ((0, 2, 3), (0.0, 0.8, 0.8))
+    assert band.x == (0, 2, 3, 3, 2, 0)
+    # 0 of 10 reaches up to 1 - 0.025 ** (1 / 10), by Clopper and Pearson's closed form.
+    assert (band.y[-1], band.y[0]) == pytest.approx((0.0, 1 - 0.025**0.1))
+    assert trace(figure, "best, 2 tied").x == (2, 3)
+    assert set(trace(figure, f"zero-shot {score_of(1)}").y) == {0.1}
+    assert set(trace(figure, f"few-shot {score_of(9)}").y) == {0.9}
+    assert figure.layout.xaxis2.ticktext == ("0.25", "0.50", "0.75", "1.00")  # block 3 of 4 is the last
+    assert figure.layout.xaxis2.tickvals == (0, 1, 2, 3)
+    assert len(SWEEP.plot().data) == len(figure.data) - 2
+    assert Sweep(SWEEP.layers, SWEEP.scores).plot().layout["xaxis"].title.text == "layer (output of block)"
+    assert "xaxis2" not in Sweep(SWEEP.layers, SWEEP.scores).plot().layout  # the depth is not known
+
+
+def test_bars_hold_accuracies_intervals_and_controls() -> None:
+    figure = EXPERIMENT.plot()
+    patched = trace(figure, "patched")
+    assert (patched.y, patched.x) == ((SHOWN, "b"), (0.5, 0.8))
+    low, high = score_of(8).interval
+    assert (0.8 - patched.error_x.arrayminus[1], 0.8 + patched.error_x.array[1]) == pytest.approx((low, high))
+    assert (trace(figure, "control: shuffled").y, trace(figure, "control: shuffled").x) == (("b",), (0.4,))
+    assert trace(figure, "control: random").x == (0.3, 0.0)
+    assert figure.layout.yaxis.autorange == "reversed"  # the first task on top
+
+
+def test_an_evaluation_has_a_bar_for_each_condition() -> None:
+    bars = EVALUATION.plot().data
+    assert [bar.x[0] for bar in bars] == ["zero-shot", "few-shot", "patched", "random", "other", "shuffled"]
+    assert [bar.y[0] for bar in bars] == [0.1, 0.9, 0.8, 0.0, 0.2, 0.4]
+
+
+def test_a_conflict_is_scored_as_either_task() -> None:
+    figure = CONFLICT.plot()
+    assert trace(figure, "as it is").y == (0.9, 0.0)
+    assert trace(figure, "with the vector written in").y == (0.3, 0.7)
+    assert trace(figure, "as it is").x == (f"answers right for<br>{SHOWN}", "answers right for<br>rival")
+
+
+def test_a_heat_map_holds_mean_cosines_and_leaves_out_what_is_not_there() -> None:
+    [found] = ALIKE.plot().data
+    assert found.x == found.y == (SHOWN, "b", "c")
+    half = (0.0, 1 / 6, 0.5), (1 / 6, 1 / 3, 0.0), (0.5, 0.0, None)
+    for row, expected in zip(found.z, half, strict=True):
+        for value, each in zip(row, expected, strict=True):
+            assert (value is None or math.isnan(value)) if each is None else value == pytest.approx(each)
+
+
+def test_a_map_has_a_point_for_each_vector() -> None:
+    first, second = MAP.plot().data
+    assert (first.name, second.name, len(first.x), len(second.x)) == (SHOWN, "b", 3, 1)
+    assert first.marker.symbol != second.marker.symbol
+
+
+def test_tokens_that_read_alike_are_told_apart() -> None:
+    first, second = TOKENS.plot().data
+    assert first.y == ("'a'", r"'b\n'")
+    assert second.y == ("'\ufffd' (9)", "'\ufffd' (10)")
+    assert second.x == (0.75, 0.125)
+
+
+def test_without_plotly_the_error_names_the_extra() -> None:
+    code = """
+import sys; sys.modules["plotly"] = sys.modules["plotly.graph_objects"] = None
+import tv_lens
+score = tv_lens.Score(("a",), ("a",), (True,))
+try:
+    tv_lens.Sweep((0,), (score,)).plot()
+except ImportError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 'pip install "tv_lens[plots]"' in run.stdout

@@ -1,0 +1,183 @@
+"""The page of an experiment, opened in a real browser."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_twins
+from test_cli import call
+
+import tv_lens as tv
+
+EVIL = "up<script>document.title = 'run'</script>"
+OUTPUT = "<script>document.title=1</script>"
+
+
+@pytest.fixture(scope="module")
+def experiment() -> tv.Experiment:
+    """Two tasks of a random model, whose name, inputs and outputs hold what a page could take for its own."""
+    words = tuple(f"{a}{b}<i>" for a in "abcdefgh" for b in "uvwx")
+    evil = tv.Task(
+        EVIL,
+        words,
+        lambda text: OUTPUT,
+        lambda prediction, answer: len(prediction) % 2 == 1,
+        category="</script><b>",
+    )
+    plain = tv.Task(
+        "{{ braces }} %{x}", words, lambda text: text * 2, lambda prediction, answer: len(prediction) % 3 == 1
+    )
+    return tv.run_experiment(
+        make_twins("llama").bridge, [evil, plain], shots=2, n_dev=6, n_test=16, max_new_tokens=3, seed=2
+    )
+
+
+@pytest.fixture(scope="module")
+def page(experiment: tv.Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    experiment.report(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from selenium import webdriver
+
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        if os.environ.get("TV_LENS_NEED_BROWSER"):
+            raise RuntimeError("chromium and chromedriver are to be here")
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    # Without its own network, which the page must not want.
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "window-size=1200,1000", "proxy-server=127.0.0.1:9"):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+def texts(browser: Any, selector: str) -> list[str]:
+    return [each.text for each in browser.find_elements("css selector", selector)]
+
+
+def test_it_opens_without_an_error_and_draws(browser: Any, page: Path, experiment: tv.Experiment) -> None:
+    browser.get(page.as_uri())
+    assert browser.get_log("browser") == []
+    assert browser.title == "Task vectors of tiny-llama"  # no text was run as a script
+    assert texts(browser, "#results tbody tr td:first-child") == [EVIL, "{{ braces }} %{x}"]
+    cells = texts(browser, "#results tbody tr:first-child td")
+    found = experiment.results[0].evaluation
+    assert cells[1] == "</script><b>"
+    assert cells[2:6] == ["16", str(found.zero_shot), str(found.few_shot), str(found.patched)]
+    assert set(texts(browser, "[data-figure=overview] .ytick text")) == {EVIL, "{{ braces }} %{x}"}
+    assert len(browser.find_elements("css selector", "[data-figure=overview] .barlayer .point")) == 6
+    # Nothing is fetched: what could be is written in the page.
+    fetched = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [name for name in fetched if not name.startswith("data:")] == []
+
+
+@pytest.mark.parametrize("column", ["zero-shot", "patched", "p", "task"])
+def test_the_table_sorts_both_ways(browser: Any, page: Path, experiment: tv.Experiment, column: str) -> None:
+    browser.get(page.as_uri())
+    key = {
+        "task": lambda result: result.task.lstrip("{ "),
+        "zero-shot": lambda result: result.evaluation.zero_shot.accuracy,
+        "patched": lambda result: result.evaluation.patched.accuracy,
+        "p": lambda result: result.evaluation.p_value,
+    }[column]
+    up = [result.task for result in sorted(experiment.results, key=key)]
+    [heading] = [
+        each for each in browser.find_elements("css selector", "#results th") if each.text.split(" ")[0] == column
+    ]
+    for direction, expected in (("ascending", up), ("descending", up[::-1])):
+        heading.find_element("css selector", "button").click()
+        assert heading.get_attribute("aria-sort") == direction
+        shown = texts(browser, "#results tbody td:first-child")
+        if column != "task":  # names are ordered as the browser's language has it
+            values = [key(next(r for r in experiment.results if r.task == name)) for name in shown]
+            assert values == sorted(values, reverse=direction == "descending")
+        assert sorted(shown) == sorted(expected)
+    assert browser.get_log("browser") == []
+
+
+def test_a_task_opens_with_its_figure_and_answers(browser: Any, page: Path, experiment: tv.Experiment) -> None:
+    browser.get(page.as_uri())
+    result = experiment.results[0]
+    assert not browser.find_element("css selector", "#task-1").get_attribute("open")
+    browser.find_element("css selector", "#results a").click()
+    assert browser.find_element("css selector", "#task-1").get_attribute("open")
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 20).until(lambda _: texts(browser, "#task-1 .figure .gtitle"))
+    assert texts(browser, "#task-1 .figure .gtitle")[0].startswith("Patched accuracy by layer: best at layer")
+    right = sum(result.evaluation.patched.correct)
+    headings = texts(browser, "#task-1 h3")
+    assert headings[:2] == [
+        f"Patched answers that are right: {right} of 16",
+        f"Patched answers that are wrong: {16 - right} of 16",
+    ]
+    assert 0 < right < 16  # or one of the tables would not be there
+    shown = texts(browser, "#task-1 h3 + .wide tbody td:nth-child(2)")
+    assert shown == [OUTPUT] * (min(right, 10) + min(16 - right, 10))
+    assert browser.title == "Task vectors of tiny-llama"
+    assert browser.get_log("browser") == []
+
+
+def test_the_page_says_how_to_repeat_the_run(page: Path, experiment: tv.Experiment) -> None:
+    from html import unescape
+
+    text = unescape(page.read_text(encoding="utf-8"))
+    code = text.split('<pre id="repeat">')[1].split("</pre>")[0]
+    called: dict[str, Any] = {}
+
+    class Fake:
+        """Stands in for the names that the code imports."""
+
+        TransformerBridge = boot_transformers = LocalEngine = Template = property(lambda self: self)
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self
+
+        def library(self) -> dict[str, str]:
+            return {result.task: result.task for result in experiment.results}
+
+        def run_experiment(self, engine: Any, tasks: list[str], **settings: Any) -> None:
+            called.update(settings, tasks=tasks)
+
+    lines = [line for line in code.splitlines() if not line.startswith("import")]
+    exec("\n".join(lines), {"transformer_lens": Fake(), "tv": Fake()})  # the page's own code, from the line above
+    assert called["tasks"] == list(experiment.settings["tasks"])
+    for name in ("shots", "n_dev", "n_test", "seed", "substitutes", "max_new_tokens"):
+        assert called[name] == experiment.settings[name]
+    for name, number in experiment.settings["versions"].items():
+        assert f"<dt>{name}</dt><dd>{number}</dd>" in text
+
+
+def test_the_page_needs_nothing_beside_it(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for wanted in ("<link", "src=", "@import"):
+        assert wanted not in text.split("<script>")[0]
+    assert "default-src 'none'" in text
+
+
+def test_the_command_makes_the_page_of_a_saved_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, experiment: tv.Experiment, page: Path
+) -> None:
+    saved, made = str(tmp_path / "run.json"), tmp_path / "page.html"
+    experiment.save(saved)
+    code, _, err = call(capsys, "report", saved, "--to", str(made))
+    assert (code, err) == (0, "")
+    assert made.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+    code, _, err = call(capsys, "report", saved, "--to", str(tmp_path / "page.pdf"))
+    assert (code, "must end in .html" in err) == (2, True)
+    code, _, err = call(capsys, "report", str(page), "--to", str(made))
+    assert (code, "no saved experiment" in err) == (1, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "run.json"]
