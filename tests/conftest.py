@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")  # no copy of Plotly in every figure of a notebook
 
 import pytest
 import torch
@@ -128,14 +130,29 @@ def as_users_run_it() -> Iterator[None]:
     config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture(scope="session")
-def demo() -> TransformerBridge:
+@functools.cache
+def demo_or_reason() -> TransformerBridge | str:
+    """The demo model, or why it is not to be had here."""
     try:
         return tv.demo_model()
     except tv.DemoModelError as error:
         if "cannot be downloaded" not in str(error) or os.environ.get("TV_LENS_NEED_DEMO"):
             raise
-        pytest.skip(f"needs the network once: {error}")
+        return f"needs the network once: {error}"
+
+
+@pytest.fixture(scope="session")
+def demo() -> TransformerBridge:
+    found = demo_or_reason()
+    return pytest.skip(found) if isinstance(found, str) else found
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The notebooks run on the demo model too."""
+    notebooks = [item for item in items if item.path.suffix == ".ipynb"]
+    if notebooks and isinstance(demo_or_reason(), str):
+        for item in notebooks:
+            item.add_marker(pytest.mark.skip(str(demo_or_reason())))
 
 
 def ids_of(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> Tensor:
