@@ -205,6 +205,7 @@ class Evaluation:
     few_shot: Score
     patched: Score
     controls: Mapping[str, Score]
+    n_layers: int | None = None
 
     @property
     def conditions(self) -> dict[str, Score]:
@@ -295,6 +296,7 @@ def evaluate(
         few_shot=score(task, prompts, few_shot),
         patched=score(task, prompts, patched),
         controls={name: score(task, prompts, texts) for name, texts in zip(tried, controlled, strict=True)},
+        n_layers=engine.n_layers,
     )
 
 
@@ -344,6 +346,7 @@ class Conflict:
     plain_rival: Score
     patched_task: Score
     patched_rival: Score
+    n_layers: int | None = None
 
     def to_pandas(self) -> pd.DataFrame:
         """A row for each of plain and patched, and each task scored: accuracy with its 95% interval (low, high)."""
@@ -410,6 +413,7 @@ def conflict(
         plain_rival=score(rival, as_rival, plain),
         patched_task=score(task, prompts, patched),
         patched_rival=score(rival, as_rival, patched),
+        n_layers=engine.n_layers,
     )
 
 
@@ -734,6 +738,7 @@ def _from_json(data: Mapping[str, Any]) -> TaskResult:
         few_shot=score_of(found["few_shot"]),
         patched=score_of(found["patched"]),
         controls={name: score_of(each) for name, each in found["controls"].items()},
+        n_layers=found.get("n_layers"),
     )
     return TaskResult(
         data["task"],

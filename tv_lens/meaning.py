@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tv_lens.engines import engine_for, engine_name
 from tv_lens.tables import to_html
-from tv_lens.vectors import TaskVectors, check_layer
+from tv_lens.vectors import TaskVectors, check_layer, place
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +39,7 @@ class TopTokens:
     tokens: tuple[tuple[str, ...], ...]
     ids: tuple[tuple[int, ...], ...]
     probabilities: tuple[tuple[float, ...], ...]
+    n_layers: int | None = None
 
     def to_pandas(self) -> pd.DataFrame:
         """A row for each vector and rank: vector (its number), rank (from 1), token as it is written, id,
@@ -62,7 +63,9 @@ class TopTokens:
     def _repr_html_(self) -> str:
         table = self.to_pandas()
         table["token"] = table["token"].map(repr)  # white space shows
-        return to_html(table, f"{self.task} at layer {self.layer}: top tokens", {"probability": "{:.3f}"})
+        return to_html(
+            table, f"{self.task} at {place(self.layer, self.n_layers)}: top tokens", {"probability": "{:.3f}"}
+        )
 
 
 def top_tokens(model: Any, vectors: TaskVectors, layer: int, k: int = 10) -> TopTokens:
@@ -93,6 +96,7 @@ def top_tokens(model: Any, vectors: TaskVectors, layer: int, k: int = 10) -> Top
         tuple(tuple(words[i : i + k]) for i in range(0, len(words), k)),
         tuple(map(tuple, ids.tolist())),
         tuple(map(tuple, probabilities.tolist())),
+        engine.n_layers,
     )
 
 
@@ -123,6 +127,7 @@ class Similarities:
     tasks: tuple[str, ...]
     owners: tuple[int, ...]
     cosines: Float[Tensor, "vector vector"]
+    n_layers: int | None = None
 
     @property
     def within(self) -> float | None:
@@ -209,7 +214,7 @@ class Similarities:
     def __str__(self) -> str:
         within, between = ("none" if x is None else f"{x:.2f}" for x in (self.within, self.between))
         p = "" if self.p_value is None else f", p {self.p_value:.1g}"
-        return f"layer {self.layer}: mean cosine within tasks {within}, between tasks {between}{p}"
+        return f"{place(self.layer, self.n_layers)}: mean cosine within tasks {within}, between tasks {between}{p}"
 
     def _repr_html_(self) -> str:
         return to_html(self.matrix().rename_axis(None, axis=1).reset_index(), str(self))
@@ -227,7 +232,7 @@ def compare_tasks(vectors: Sequence[TaskVectors], layer: int) -> Similarities:
     names = _names(vectors)
     owners = tuple(i for i, each in enumerate(vectors) for _ in range(len(each)))
     cosines = torch.cat([torch.cat([similarity(a, b, layer) for b in vectors], dim=1) for a in vectors])
-    return Similarities(layer, names, owners, cosines)
+    return Similarities(layer, names, owners, cosines, vectors[0].n_layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,6 +244,7 @@ class VectorMap:
     owners: tuple[int, ...]
     points: Float[Tensor, "vector 2"]
     axes: tuple[str, str]
+    n_layers: int | None = None
 
     def to_pandas(self) -> pd.DataFrame:
         """A row for each vector: task, and its place (x, y)."""
@@ -254,7 +260,7 @@ class VectorMap:
         return plot_map(self)
 
     def _repr_html_(self) -> str:
-        return to_html(self.to_pandas(), f"layer {self.layer}: {self.axes[0]}, {self.axes[1]}")
+        return to_html(self.to_pandas(), f"{place(self.layer, self.n_layers)}: {self.axes[0]}, {self.axes[1]}")
 
 
 def pca(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], tuple[str, str]]:
@@ -297,7 +303,7 @@ def map_vectors(vectors: Sequence[TaskVectors], layer: int, *, method: Method = 
     if len(owners) < 3:
         raise ValueError(f"{len(owners)} vectors make no map; give those of the prompts rather than their mean")
     points, axes = method(torch.cat([each.at(layer) for each in vectors]).double().numpy())
-    return VectorMap(layer, names, owners, torch.as_tensor(points, dtype=torch.float32), axes)
+    return VectorMap(layer, names, owners, torch.as_tensor(points, dtype=torch.float32), axes, vectors[0].n_layers)
 
 
 def _names(vectors: Sequence[TaskVectors]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tv_lens.vectors import depth
+from tv_lens.vectors import depth, place
 
 try:
     import plotly.graph_objects as go
@@ -46,7 +46,7 @@ def plot_sweep(sweep: Sweep, *, zero_shot: Score | None = None, few_shot: Score 
     scores = [sweep.scores[i] for i in order]
     low, high = zip(*(score.interval for score in scores), strict=True)
     colour = _LOOKS["patched"][0]
-    figure = _figure(f"Patched accuracy by layer: best at layer {sweep.best}, {sweep.at(sweep.best)}")
+    figure = _figure(f"Patched accuracy by layer: best at {place(sweep.best, sweep.n_layers)}, {sweep.at(sweep.best)}")
     figure.add_scatter(
         x=[*layers, *reversed(layers)],
         y=[*high, *reversed(low)],
@@ -100,7 +100,7 @@ def plot_sweep(sweep: Sweep, *, zero_shot: Score | None = None, few_shot: Score 
 def plot_evaluation(evaluation: Evaluation) -> go.Figure:
     """A bar for each condition, with its exact 95% interval."""
     names = list(evaluation.conditions)
-    figure = _figure(f"Accuracy by condition, patched at layer {evaluation.layer}")
+    figure = _figure(f"Accuracy by condition, patched at {place(evaluation.layer, evaluation.n_layers)}")
     for i, name in enumerate(names):
         colour, pattern = _LOOKS.get(name, ("#009E73", _PATTERNS[2 + i % 6]))
         figure.add_bar(**_bars([_text(name)], [evaluation.conditions[name]], name, colour, pattern))
@@ -154,7 +154,8 @@ def plot_experiment(experiment: Experiment) -> go.Figure:
 def plot_conflict(conflict: Conflict) -> go.Figure:
     """Accuracy scored as the demonstrated task and as the vector's, without and with the vector."""
     figure = _figure(
-        f"Demonstrations of {conflict.task}, vector of {conflict.rival} at layer {conflict.layer}: what is answered?"
+        f"Demonstrations of {conflict.task}, vector of {conflict.rival}: what is answered?",
+        f"the vector at {place(conflict.layer, conflict.n_layers)}",
     )
     as_what = [f"answers right for<br>{_text(name)}" for name in (conflict.task, conflict.rival)]
     plain, patched = "as it is", "with the vector written in"
@@ -195,7 +196,7 @@ def plot_similarities(similarities: Similarities) -> go.Figure:
 
 def plot_map(vectors: VectorMap) -> go.Figure:
     """A point for each vector; tasks differ by colour and by symbol."""
-    figure = _figure(f"Task vectors at layer {vectors.layer}, one point a prompt")
+    figure = _figure(f"Task vectors at {place(vectors.layer, vectors.n_layers)}, one point a prompt")
     for i, name in enumerate(vectors.tasks):
         chosen = [row for row, owner in enumerate(vectors.owners) if owner == i]
         figure.add_scatter(
@@ -219,7 +220,7 @@ def plot_map(vectors: VectorMap) -> go.Figure:
 
 def plot_top_tokens(found: TopTokens) -> go.Figure:
     """A bar for each token, the first vector's likeliest on top; several vectors are told apart by pattern."""
-    figure = _figure(f"Top tokens of {found.task} at layer {found.layer}")
+    figure = _figure(f"Top tokens of {found.task} at {place(found.layer, found.n_layers)}")
     for vector, (tokens, ids, probabilities) in enumerate(
         zip(found.tokens, found.ids, found.probabilities, strict=True)
     ):

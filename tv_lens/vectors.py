@@ -337,6 +337,11 @@ def depth(layer: int, n_layers: int) -> float:
     return (layer + 1) / n_layers
 
 
+def place(layer: int, n_layers: int | None) -> str:
+    """The layer in words, with its depth where the model's is known."""
+    return f"layer {layer}" + ("" if n_layers is None else f" (depth {depth(layer, n_layers):.2f})")
+
+
 def _term(text: str) -> str:
     """A formula as part of a larger one."""
     return f"({text})" if re.search(r" [-+*] ", text) else text
