@@ -433,7 +433,11 @@ class TaskResult:
 
     def plot(self) -> go.Figure:
         """The sweep on dev prompts, beside the zero-shot and few-shot accuracy on test prompts."""
-        return self.sweep.plot(zero_shot=self.evaluation.zero_shot, few_shot=self.evaluation.few_shot)
+        from tv_lens.plots import plot_sweep
+
+        test, n_dev, n_test = self.evaluation, len(self.dev_prompts), len(self.test_prompts)
+        note = f"{self.task}: layers on {n_dev} dev prompts, lines on {n_test} test prompts"
+        return plot_sweep(self.sweep, zero_shot=test.zero_shot, few_shot=test.few_shot, note=note)
 
     def _repr_html_(self) -> str:
         return self.evaluation._repr_html_()

@@ -37,16 +37,20 @@ _LOOKS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def plot_sweep(sweep: Sweep, *, zero_shot: Score | None = None, few_shot: Score | None = None) -> go.Figure:
+def plot_sweep(
+    sweep: Sweep, *, zero_shot: Score | None = None, few_shot: Score | None = None, note: str = ""
+) -> go.Figure:
     """Accuracy by layer in a band of its exact 95% intervals, the best layer marked, and the accuracies without a
-    patch as lines, where they are given.
+    patch as lines, where they are given; `note` stands below the title.
     """
     order = sorted(range(len(sweep.layers)), key=lambda i: sweep.layers[i])
     layers = [sweep.layers[i] for i in order]
     scores = [sweep.scores[i] for i in order]
     low, high = zip(*(score.interval for score in scores), strict=True)
     colour = _LOOKS["patched"][0]
-    figure = _figure(f"Patched accuracy by layer: best at {place(sweep.best, sweep.n_layers)}, {sweep.at(sweep.best)}")
+    figure = _figure(
+        f"Patched accuracy by layer: best at {place(sweep.best, sweep.n_layers)}, {sweep.at(sweep.best)}", note
+    )
     figure.add_scatter(
         x=[*layers, *reversed(layers)],
         y=[*high, *reversed(low)],
@@ -313,7 +317,7 @@ def _depth_axis(figure: go.Figure, layers: Sequence[int], n_layers: int | None) 
             "showgrid": False,
         },
         title_y=0.97,
-        margin_t=100,
+        margin_t=130 if figure.layout.title.subtitle.text else 100,
     )
     # An axis is drawn only where something is drawn on it.
     figure.add_scatter(x=ticks, y=[None] * len(ticks), xaxis="x2", showlegend=False, hoverinfo="skip")
