@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Twins, ids_of, make_tokenizer, make_twins, plain_generate, plain_run, refuse
+from conftest import Twins, ids_of, make_tokenizer, make_twins, plain_generate, plain_run, refuse, until_end
 
 import tv_lens as tv
 from tv_lens import Prompt, TaskVectors, Template
@@ -39,11 +39,6 @@ def test_longer_patched_answers_equal_running_the_whole_text_again(twins: Twins,
         assert until_end(found.tokens[i]) == until_end(torch.tensor(plain_generate(twins, ids, 6, write)))
         assert until_end(plain.tokens[i]) == until_end(torch.tensor(plain_generate(twins, ids, 6)))
     assert not torch.equal(found.tokens, plain.tokens)
-
-
-def until_end(ids: torch.Tensor) -> list[int]:
-    found = ids.tolist()
-    return found[: found.index(1) + 1] if 1 in found else found
 
 
 @pytest.mark.parametrize("make_sampler", [lambda: tv.greedy, lambda: tv.sample(temperature=2.0, seed=5)])

@@ -27,6 +27,8 @@ class BridgeEngine:
         ValueError: `batch_size` below 1, no decoder-only stack of blocks, no tokenizer, or no BOS token to prepend.
     """
 
+    # Whether pads are masked out; where they count as text, only rows of equal length run together.
+    _masks: bool = True
     # What else the bridge's `to_tokens` is told.
     _to_tokens: ClassVar[dict[str, Any]] = {}
 
@@ -131,9 +133,11 @@ class BridgeEngine:
         """`order`, the longest first, in pieces of as many as go into one pass."""
         first = 0
         while first < len(order):
-            rows = self._rows(lengths[order[first]])
-            yield list(order[first : first + rows])
-            first += rows
+            longest = lengths[order[first]]
+            rows = order[first : first + self._rows(longest)]
+            chunk = [row for row in rows if self._masks or lengths[row] == longest]
+            yield chunk
+            first += len(chunk)
 
     def _pad(self, ids: Sequence[Sequence[int]], rows: Sequence[int]) -> Tokens:
         longest = max(map(len, ids))

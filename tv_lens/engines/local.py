@@ -69,11 +69,11 @@ class LocalEngine(BridgeEngine):
         self._tried: int = 1
         self._most: int | None = None
         # A recurrent state is no KV cache: where TransformerLens returns none, rows are run whole at each step, and
-        # where it does, it cannot be widened.
+        # where it does, it cannot be widened. The forward of those it has no cache for (RWKV) takes a mask too, and
+        # does not read it.
         recurrent = bool(getattr(bridge.original_model, "_is_stateful", False))
-        self._caches = bool(
-            getattr(bridge.adapter, "supports_kv_cache", True) and not getattr(bridge.cfg, "is_stateful", False)
-        )
+        self._masks = bool(getattr(bridge.adapter, "supports_kv_cache", True))
+        self._caches = self._masks and not getattr(bridge.cfg, "is_stateful", False)
         self._forks = self._caches and not recurrent
         # Up to how many positions pads between a shared prefix and a tail do no harm. Local windows, buffers as
         # long as the context, and alibi count pads as positions; the rest goes by position ids, after the mask.
@@ -96,6 +96,11 @@ class LocalEngine(BridgeEngine):
         numbered through the groups. The shared part is found on token ids, as a tokenizer may merge letters
         across the place where texts part. Models whose cache cannot be widened get whole rows and no past.
         """
+        if not self._caches:
+            for tokens, past in super().shared(groups, room):
+                self._tried = len(tokens.ids)
+                yield tokens, past
+            return
         k = len(groups[0])
         flat = self._encode([text for group in groups for text in group], room, per_prompt=k)
         rows = [flat[g * k : (g + 1) * k] for g in range(len(groups))]
