@@ -150,7 +150,7 @@ def make_tokenizer(bos: bool = True, pad: str | None = "<pad>", side: str = "rig
 def make_twins(name: str, tokenizer: Any = None, seed: int = 0, **changes: Any) -> Twins:
     """Twins of a tiny random model."""
     kind, settings = _CONFIGS[name]
-    config = getattr(transformers, kind)(**_SIZES, **settings, **changes)
+    config = getattr(transformers, kind)(**(_SIZES | settings | changes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
