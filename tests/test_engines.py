@@ -238,6 +238,16 @@ def test_what_is_no_decoder_only_language_model_is_refused(as_users_run_it: None
     bridge = TransformerBridge.boot_transformers("tiny-t5", hf_model=model, tokenizer=make_tokenizer(), device="cpu")
     with pytest.raises(ValueError, match="tiny-t5 is not a decoder-only language model"):
         tv.engine_for(bridge)
+    config = transformers.BertConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    encoder = transformers.BertForMaskedLM(config)
+    encoder.config.architectures = ["BertForMaskedLM"]
+    bridge = TransformerBridge.boot_transformers(
+        "tiny-bert", hf_model=encoder, tokenizer=make_tokenizer(), device="cpu"
+    )
+    with pytest.raises(ValueError, match="tiny-bert is not a decoder-only language model"):
+        tv.engine_for(bridge)
     plain = make_twins("gpt2").plain
     with pytest.raises(TypeError, match="cannot run a GPT2LMHeadModel; pass a TransformerBridge.*hf_model="):
         tv.engine_for(plain)
