@@ -272,6 +272,25 @@ def test_a_past_without_copies_is_still_independent() -> None:
     assert torch.equal(past.layers[0].keys, before.layers[0].keys)
 
 
+def test_a_recurrent_model_goes_on_from_whole_rows() -> None:
+    """Rows of unequal length, patched at their second last position, forked and one left out: a plain hook there."""
+    twins = make_twins("mamba")
+    engine = tv.LocalEngine(twins.bridge)
+    [(rows, tokens)] = whole(engine)
+    vectors = torch.randn(4, engine.d_model, generator=torch.Generator().manual_seed(5)) * 3
+    _, past = engine.step(tokens, tv.Patch(vectors, torch.tensor([0, 1, 2, 0])))
+    wide = engine.fork(past, 2)
+    fewer = engine.select(wide, [1, 6])  # the second copy of the first row, the first of the fourth
+    then = tokens.copies(2).keep([1, 6]).then(torch.tensor([5, 9]))
+    found, again = engine.read(then, engine.fork(fewer)), engine.step(then, past=fewer)[0]
+    for place, (row, layer, token) in enumerate([(0, 0, 5), (3, 0, 9)]):
+        ids = ids_of(twins.bridge, TEXTS[rows[row]])
+        write = (layer, ids.shape[1] - 1, vectors[row])
+        plain = plain_run(twins, torch.cat([ids, torch.tensor([[token]])], dim=1), write)
+        torch.testing.assert_close(found[place], plain[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(again[place], plain[1], atol=1e-4, rtol=0)
+
+
 def small_memory(bridge: TransformerBridge, most_rows: int) -> torch.utils.hooks.RemovableHandle:
     """Makes every pass of more rows fail as it does where a GPU is full, half way up the model."""
 

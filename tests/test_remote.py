@@ -5,21 +5,22 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import Twins, ids_of, make_tokenizer, make_twins, plain_generate, plain_run, until_end
 from transformer_lens.model_bridge import RemoteBridge, TransformerBridge
+from transformer_lens.model_bridge.sources.vllm.driver import VLLMDriver
 
 import tv_lens as tv
-from tv_lens.engines import Replay
 
 WORDS = tv.Task.from_mapping("upper", {word: word.upper() for word in ("a", "hot", "cold", "big", "small", "wet fox")})
 NEVER = tv.Template("{input} -> {output}", separator="\n\n\n\n")
 PROMPTS = WORDS.sample(4, shots=2, seed=0, template=NEVER)
 SUBSTITUTES = WORDS.substitutes(PROMPTS, 2, seed=0)
-# The default, and layouts of the compiled and batched paths; vLLM's kernels take heads of 32 and more.
+# Sizes that fit the tiny model; no compiling, which would take minutes.
 VLLM = {"max_model_len": 128, "max_num_batched_tokens": 64, "enforce_eager": True, "dtype": torch.float32}
 
 
@@ -29,6 +30,11 @@ class Pair(NamedTuple):
     remote: RemoteBridge
     local: TransformerBridge
     twins: Twins
+
+
+def refuse(*args: Any, **kwargs: Any) -> None:
+    """For a bridge that must not run."""
+    raise AssertionError("the model was run")
 
 
 def saved(folder: Path, name: str = "llama", **changes: Any) -> Twins:
@@ -116,20 +122,48 @@ def test_a_read_sees_the_patches_before_it(inspected: Pair) -> None:
     found = engine.read(tokens.then(torch.tensor([7])), engine.fork(past))
     ids = torch.cat([tokens.ids, torch.tensor([[7]])], dim=1)
     torch.testing.assert_close(found[0], plain_run(twins, ids, (1, at, vector[0]))[0], atol=1e-4, rtol=0)
-    local = tv.LocalEngine(make_twins("mamba").bridge)
-    assert isinstance(local.step(tokens)[1], Replay)
 
 
 def test_wrong_use_is_refused_before_anything_runs(inspected: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("the model was run")
-
     monkeypatch.setattr(inspected.remote, "forward", refuse)
     name = tv.RemoteEngine(inspected.remote).name
     with pytest.raises(ValueError, match=f"prompt 1 has [0-9]+ tokens, with 7 more to come, and the context of {name}"):
         tv.generate(inspected.remote, [tv.Prompt((), "a"), tv.Prompt((), "b " * 61)])
     with pytest.raises(ValueError, match="layer 4 is not one of"):
         tv.patch_generate(inspected.remote, PROMPTS, tv.TaskVectors(torch.zeros(4, 4, 32), "m", "t"), 4)
+
+
+def test_what_cannot_patch_says_so_before_anything_runs(inspected: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An Inspect provider that holds no model, and vLLM's own driver, not running, as it is booted by default."""
+    vectors = tv.TaskVectors(torch.zeros(1, 4, 32), "m", "t")
+    monkeypatch.setattr(inspected.remote, "forward", refuse)
+
+    def each_is_refused(message: str) -> None:
+        for call in (
+            lambda: tv.patch_generate(inspected.remote, PROMPTS, vectors, 1),
+            lambda: tv.patched_logits(inspected.remote, PROMPTS, vectors, 1),
+            lambda: tv.sweep_layers(inspected.remote, WORDS, PROMPTS, vectors),
+            lambda: tv.evaluate(inspected.remote, WORDS, PROMPTS, vectors, 1),
+            lambda: tv.run_experiment(inspected.remote, [WORDS], shots=1),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+
+    api = inspected.remote._driver._model.api
+    with monkeypatch.context() as patched:
+        patched.delattr(api, "_hf")
+        each_is_refused("is run by an Inspect provider that cannot write at one position, .* boot_inspect")
+    config = SimpleNamespace(max_model_len=65, try_get_generation_config=lambda: {"eos_token_id": [1, 5]})
+    driver = object.__new__(VLLMDriver)
+    driver._llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=config))
+    driver._enable_batching = driver._enable_position_interventions = False
+    driver._max_num_batched_tokens = 256
+    monkeypatch.setattr(inspected.remote, "_driver", driver)
+    each_is_refused("was booted without enable_position_interventions=True, so no vector .* boot_vllm")
+    engine = tv.RemoteEngine(inspected.remote)
+    assert (engine.n_ctx, engine.ends) == (64, {1, 5})
+    with pytest.raises(ValueError, match="is 64"):
+        engine.batches(["b " * 35])
 
 
 def test_a_local_bridge_is_no_remote_one(as_users_run_it: None) -> None:
