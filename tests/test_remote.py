@@ -159,7 +159,7 @@ def test_what_cannot_patch_says_so_before_anything_runs(inspected: Pair, monkeyp
     driver._enable_batching = driver._enable_position_interventions = False
     driver._max_num_batched_tokens = 256
     monkeypatch.setattr(inspected.remote, "_driver", driver)
-    each_is_refused("was booted without enable_position_interventions=True, so no vector .* boot_vllm")
+    each_is_refused("was booted without enable_position_interventions=True, so no vector .*boot_vllm")
     engine = tv.RemoteEngine(inspected.remote)
     assert (engine.n_ctx, engine.ends) == (64, {1, 5})
     with pytest.raises(ValueError, match="is 64"):

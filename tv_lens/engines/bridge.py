@@ -50,7 +50,8 @@ class BridgeEngine:
         self.name = name_of(bridge)
         self.n_layers, self.d_model = int(cfg.n_layers), int(cfg.d_model)
         self._hooks = [hooks.format(layer=layer) for layer in range(self.n_layers)]
-        if not bridge.adapter.supports_causal_loss:
+        # An encoder such as BERT has a loss over tokens, and generates nothing.
+        if not (bridge.adapter.supports_causal_loss and bridge.adapter.supports_generation):
             raise ValueError(not_decoder_only(self.name))
         missing = [name for name in self._hooks if name not in bridge.hook_dict]
         if missing:
