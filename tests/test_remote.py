@@ -177,6 +177,8 @@ def test_vllm_gives_what_the_local_bridge_gives(vllm_folder: Path, settings: dic
     devices = max(settings.values(), default=1)
     if torch.cuda.is_available() and torch.cuda.device_count() < devices:
         pytest.skip(f"needs {devices} GPUs")
+    if not torch.cuda.is_available() and devices > 1 and "|" not in os.environ.get("VLLM_CPU_OMP_THREADS_BIND", ""):
+        pytest.skip("on CPUs two workers need cores of their own; set VLLM_CPU_OMP_THREADS_BIND='0|1'")
     local = TransformerBridge.boot_transformers(str(vllm_folder), device="cpu")
     with RemoteBridge.boot_vllm(str(vllm_folder), enable_position_interventions=True, **VLLM, **settings) as remote:
         same(Pair(remote, local, None))  # type: ignore[arg-type]
