@@ -39,6 +39,10 @@ _ROTARY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+_SMALL = _ROTARY | {"num_hidden_layers": 3}
+_FULL = {name: value for name, value in _SMALL.items() if name != "num_key_value_heads"}
+_FALCON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "bias": False}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}),
     "llama": ("LlamaConfig", _ROTARY),
@@ -59,9 +63,60 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         _ROTARY
         | {"head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
         | {"linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        | {"shared_expert_intermediate_size": 16},
+        | {"shared_expert_intermediate_size": 16, "num_hidden_layers": 3}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     ),
     "mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8}),
+    "mamba2": (
+        "Mamba2Config",
+        {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1}
+        | {"chunk_size": 8},
+    ),
+    "gptj": ("GPTJConfig", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "rotary_dim": 4}),
+    "gpt_neox sequential": ("GPTNeoXConfig", _FULL | {"use_parallel_residual": False}),
+    "gpt_bigcode": ("GPTBigCodeConfig", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}),
+    "codegen": ("CodeGenConfig", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "rotary_dim": 4}),
+    "qwen2": ("Qwen2Config", _SMALL),
+    "qwen3": ("Qwen3Config", _SMALL | {"head_dim": 8}),
+    "gemma": ("GemmaConfig", _SMALL | {"head_dim": 8}),
+    "gemma2": ("Gemma2Config", _SMALL | {"head_dim": 8, "sliding_window": 6}),
+    "gemma3": ("Gemma3TextConfig", _SMALL | {"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2}),
+    "phi": ("PhiConfig", _FULL),
+    "phi3": ("Phi3Config", _SMALL),
+    "opt": (
+        "OPTConfig",
+        {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+        | {"max_position_embeddings": 128, "word_embed_proj_dim": 32},
+    ),
+    "falcon": ("FalconConfig", _FALCON | {"multi_query": True}),
+    "falcon alibi": ("FalconConfig", _FALCON | {"multi_query": False, "alibi": True, "parallel_attn": False}),
+    "falcon 40b": ("FalconConfig", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "olmo": ("OlmoConfig", _SMALL),
+    "olmo2": ("Olmo2Config", _SMALL),
+    "olmo3": ("Olmo3Config", _SMALL | {"sliding_window": 6}),
+    "mixtral": ("MixtralConfig", _SMALL | {"num_local_experts": 4}),
+    "qwen2_moe": ("Qwen2MoeConfig", _SMALL | _EXPERTS | {"shared_expert_intermediate_size": 16}),
+    "qwen3_moe": ("Qwen3MoeConfig", _SMALL | _EXPERTS | {"head_dim": 8}),
+    "olmoe": ("OlmoeConfig", _SMALL | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "GptOssConfig",
+        _SMALL | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    ),
+    "granite": ("GraniteConfig", _SMALL),
+    "cohere": ("CohereConfig", _SMALL),
+    "cohere2": ("Cohere2Config", _SMALL | {"sliding_window": 6}),
+    "glm4": ("Glm4Config", _SMALL | {"head_dim": 8}),
+    "smollm3": ("SmolLM3Config", _SMALL),
+    "starcoder2": ("Starcoder2Config", _SMALL),
+    "stablelm": ("StableLmConfig", _SMALL),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        _FULL
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1}
+        | {"topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+        | {"v_head_dim": 8, "first_k_dense_replace": 1, "num_key_value_heads": 4},
+    ),
+    "rwkv": ("RwkvConfig", {"hidden_size": 32, "num_hidden_layers": 3, "context_length": 128}),
 }
 ARCHITECTURES = ("gpt2", "llama", "gpt_neox", "gpt_neo", "bloom", "mpt", "mistral")
 
@@ -97,7 +152,7 @@ def make_tokenizer(bos: bool = True, pad: str | None = "<pad>", side: str = "rig
 def make_twins(name: str, tokenizer: Any = None, seed: int = 0, **changes: Any) -> Twins:
     """Twins of a tiny random model."""
     kind, settings = _CONFIGS[name]
-    config = getattr(transformers, kind)(**_SIZES, **settings, **changes)
+    config = getattr(transformers, kind)(**(_SIZES | settings | changes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -194,6 +249,12 @@ def plain_generate(twins: Twins, ids: Tensor, new: int, write: tuple[int, int, T
         logits = plain_run(twins, torch.cat([ids, torch.tensor([chosen], dtype=torch.long)], dim=1), write)[1]
         chosen.append(int(logits.argmax()))
     return chosen
+
+
+def until_end(ids: Tensor) -> list[int]:
+    """The ids up to the end of text."""
+    found = ids.tolist()
+    return found[: found.index(1) + 1] if 1 in found else found
 
 
 def refuse(module: Any, args: Any) -> None:

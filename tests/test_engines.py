@@ -238,6 +238,16 @@ def test_what_is_no_decoder_only_language_model_is_refused(as_users_run_it: None
     bridge = TransformerBridge.boot_transformers("tiny-t5", hf_model=model, tokenizer=make_tokenizer(), device="cpu")
     with pytest.raises(ValueError, match="tiny-t5 is not a decoder-only language model"):
         tv.engine_for(bridge)
+    config = transformers.BertConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    encoder = transformers.BertForMaskedLM(config)
+    encoder.config.architectures = ["BertForMaskedLM"]
+    bridge = TransformerBridge.boot_transformers(
+        "tiny-bert", hf_model=encoder, tokenizer=make_tokenizer(), device="cpu"
+    )
+    with pytest.raises(ValueError, match="tiny-bert is not a decoder-only language model"):
+        tv.engine_for(bridge)
     plain = make_twins("gpt2").plain
     with pytest.raises(TypeError, match="cannot run a GPT2LMHeadModel; pass a TransformerBridge.*hf_model="):
         tv.engine_for(plain)
@@ -260,6 +270,25 @@ def test_a_past_without_copies_is_still_independent() -> None:
     before = copy.deepcopy(past)
     engine.step(tokens.then(torch.tensor([5, 6, 7, 8])), past=engine.fork(past))
     assert torch.equal(past.layers[0].keys, before.layers[0].keys)
+
+
+def test_a_recurrent_model_goes_on_from_whole_rows() -> None:
+    """Rows of unequal length, patched at their second last position, forked and one left out: a plain hook there."""
+    twins = make_twins("mamba")
+    engine = tv.LocalEngine(twins.bridge)
+    [(rows, tokens)] = whole(engine)
+    vectors = torch.randn(4, engine.d_model, generator=torch.Generator().manual_seed(5)) * 3
+    _, past = engine.step(tokens, tv.Patch(vectors, torch.tensor([0, 1, 2, 0])))
+    wide = engine.fork(past, 2)
+    fewer = engine.select(wide, [1, 6])  # the second copy of the first row, the first of the fourth
+    then = tokens.copies(2).keep([1, 6]).then(torch.tensor([5, 9]))
+    found, again = engine.read(then, engine.fork(fewer)), engine.step(then, past=fewer)[0]
+    for place, (row, layer, token) in enumerate([(0, 0, 5), (3, 0, 9)]):
+        ids = ids_of(twins.bridge, TEXTS[rows[row]])
+        write = (layer, ids.shape[1] - 1, vectors[row])
+        plain = plain_run(twins, torch.cat([ids, torch.tensor([[token]])], dim=1), write)
+        torch.testing.assert_close(found[place], plain[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(again[place], plain[1], atol=1e-4, rtol=0)
 
 
 def small_memory(bridge: TransformerBridge, most_rows: int) -> torch.utils.hooks.RemovableHandle:

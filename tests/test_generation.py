@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Twins, ids_of, make_tokenizer, make_twins, plain_generate, plain_run, refuse
+from conftest import Twins, ids_of, make_tokenizer, make_twins, plain_generate, plain_run, refuse, until_end
 
 import tv_lens as tv
 from tv_lens import Prompt, TaskVectors, Template
@@ -39,11 +39,6 @@ def test_longer_patched_answers_equal_running_the_whole_text_again(twins: Twins,
         assert until_end(found.tokens[i]) == until_end(torch.tensor(plain_generate(twins, ids, 6, write)))
         assert until_end(plain.tokens[i]) == until_end(torch.tensor(plain_generate(twins, ids, 6)))
     assert not torch.equal(found.tokens, plain.tokens)
-
-
-def until_end(ids: torch.Tensor) -> list[int]:
-    found = ids.tolist()
-    return found[: found.index(1) + 1] if 1 in found else found
 
 
 @pytest.mark.parametrize("make_sampler", [lambda: tv.greedy, lambda: tv.sample(temperature=2.0, seed=5)])
@@ -188,28 +183,16 @@ def test_each_step_draws_anew() -> None:
     assert len(set(found.tokens[0].tolist())) > 6
 
 
-def test_a_model_without_a_cache_gives_one_token_and_refuses_more() -> None:
-    twins = make_twins("mamba")
-    vectors = vectors_for(twins, 4)
-    task = tv.Task("upper", tuple("abcdefgh"), str.upper)
-    prompts = task.sample(2, shots=2, seed=0)
-    read = tv.extract(twins.bridge, prompts, task.substitutes(prompts, 2, seed=0))
-    assert read.values.shape == (2, 3, 32)
-    own = [
-        torch.stack([plain_run(twins, ids_of(twins.bridge, prompt.asking(query).text))[0] for query in queries]).mean(0)
-        for prompt, queries in zip(prompts, task.substitutes(prompts, 2, seed=0), strict=True)
-    ]
-    torch.testing.assert_close(read.values, torch.stack(own), atol=1e-4, rtol=0)
-    found = tv.patch_generate(twins.bridge, PROMPTS, vectors, 1, max_new_tokens=1).tokens
-    for i, prompt in enumerate(PROMPTS):
-        ids = ids_of(twins.bridge, prompt.text)
-        assert found[i].tolist() == plain_generate(twins, ids, 1, (1, ids.shape[1] - 1, vectors.values[i, 1]))
+def test_an_engine_that_gives_no_past_gives_one_token_and_refuses_more() -> None:
+    twins = make_twins("gpt2")
+    engine = tv.LocalEngine(twins.bridge)
+    engine.continues = False  # type: ignore[attr-defined]
+    assert tv.generate(engine, PROMPTS, max_new_tokens=1).tokens.shape == (4, 1)
     for call in (
-        lambda: tv.generate(twins.bridge, PROMPTS),
-        lambda: tv.patch_generate(twins.bridge, PROMPTS, vectors, 1, max_new_tokens=2),
-        lambda: tv.sweep_layers(twins.bridge, task, prompts, read),
+        lambda: tv.generate(engine, PROMPTS),
+        lambda: tv.patch_generate(engine, PROMPTS, vectors_for(twins, 4), 1, max_new_tokens=2),
     ):
-        with pytest.raises(ValueError, match="tiny-mamba keeps no KV cache .* max_new_tokens=1"):
+        with pytest.raises(ValueError, match="tiny-gpt2 gives nothing to go on from .* max_new_tokens=1"):
             call()
 
 

@@ -1,7 +1,7 @@
 """The public names; `__init__.py` imports each when it is first asked for."""
 
 from .demo import DemoModelError, demo_model
-from .engines import Engine, LocalEngine, Patch, Tokens, engine_for
+from .engines import Engine, LocalEngine, Patch, RemoteEngine, Tokens, engine_for
 from .experiments import (
     Conflict,
     Evaluation,
@@ -48,6 +48,7 @@ __all__ = [
     "LocalEngine",
     "Patch",
     "Prompt",
+    "RemoteEngine",
     "Score",
     "Similarities",
     "Sweep",

@@ -19,7 +19,7 @@ from transformer_lens.utilities.statistics import derive_generator, success_rate
 from tv_lens.engines import Engine, bar, engine_for, engine_name
 from tv_lens.extraction import extract, extract_across
 from tv_lens.files import write_whole
-from tv_lens.generation import answer_all, answer_side_by_side, check_new_tokens, patch_for
+from tv_lens.generation import answer_all, answer_side_by_side, check_new_tokens, check_patching, patch_for
 from tv_lens.prompts import PAPER, Example, Prompt, Template, check_prompts
 from tv_lens.tables import to_html
 from tv_lens.tasks import Task, first_token
@@ -581,6 +581,7 @@ def run_experiment(
     if not tasks or len(set(names)) < len(names):
         raise ValueError(f"tasks are {names}; give at least one, each with a name of its own")
     check_new_tokens(engine, max_new_tokens)
+    check_patching(engine)
     chosen = _chosen(engine, layers)
     halves = [_Halves(task, shots, n_dev, n_test, seed, template) for task in tasks]  # too few inputs show here
     settings = {

@@ -105,12 +105,13 @@ def patch_generate(
 
     Each prompt is cut to its query. At its last position the output of block `layer` (one for all, or one a
     prompt) is overwritten with that prompt's vector, or with the only one, as `vectors.mean()` gives it. The
-    patch is written once; later tokens see it through the cached keys and values. `max_new_tokens=1` is the
+    patch is written once; later tokens see it through the cached keys and values, or, in models that keep no such cache
+    (mamba) and remote ones, the whole row is run again with the patch at the same position. `max_new_tokens=1` is the
     paper's first-token protocol.
 
     Raises:
         ValueError: no prompts, vectors of another model or another number, a layer out of range, a prompt that
-            leaves no room for the new tokens, or a model without a KV cache asked for more than one token.
+            leaves no room for the new tokens, or a remote model booted without what patching needs.
     """
     engine = engine_for(model)
     check_prompts(prompts)
@@ -144,9 +145,10 @@ def patch_for(engine: Engine, n: int, vectors: TaskVectors, layer: int | Sequenc
     """What to write into each of `n` rows, checked against the model.
 
     Raises:
-        ValueError: vectors of another model or another number, or a layer out of range.
+        ValueError: vectors of another model or another number, a layer out of range, or an engine that cannot write.
     """
     name = engine_name(engine)
+    check_patching(engine)
     if not isinstance(vectors, TaskVectors):
         raise ValueError(
             f"vectors are a {type(vectors).__name__}; pass the TaskVectors themselves, the layer is chosen by `layer`"
@@ -219,9 +221,15 @@ def check_new_tokens(engine: Engine, max_new_tokens: int) -> None:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; use 1 or more")
     if max_new_tokens > 1 and not getattr(engine, "continues", True):
         raise ValueError(
-            f"{engine_name(engine)} keeps no KV cache that TransformerLens returns, so a patched position cannot "
-            "live on beyond one token; use max_new_tokens=1 or patched_logits, or another model"
+            f"{engine_name(engine)} gives nothing to go on from after the first token (`continues` is False); use "
+            "max_new_tokens=1 or patched_logits, or another engine"
         )
+
+
+def check_patching(engine: Engine) -> None:
+    """Raises ValueError where the engine says that it cannot write into the model."""
+    if hasattr(engine, "check_patching"):
+        engine.check_patching()
 
 
 def answer_all(
