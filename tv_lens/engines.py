@@ -26,6 +26,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import RemoteBridge, TransformerBridge
 
+from tv_lens.prompts import half_character
+
 # What an engine needs to go on from where a pass ended. Opaque outside the engine that made it.
 Past: TypeAlias = Any
 
@@ -192,7 +194,7 @@ class LocalEngine:
         """The texts in batches of similar length, the longest first, all tokenised and checked beforehand.
 
         Raises:
-            ValueError: a text without tokens, or longer than leaves `room` more in the context.
+            ValueError: a text without tokens, one that is no Unicode, or longer than leaves `room` more in the context.
         """
         ids = self._encode(texts, room)
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -387,6 +389,11 @@ class LocalEngine:
         known: dict[str, list[int]] = {}  # one text at a time: batches keep an appended EOS in short rows
         with _tokenizer_as_it_was(self.bridge.tokenizer):
             for i, text in enumerate(texts):
+                if half_character(text):
+                    raise ValueError(
+                        f"prompt {i // per_prompt} holds half of a surrogate pair, which is no character: "
+                        f"{_start(text)}; write the whole character"
+                    )
                 ids = known[text] = known.get(text) or self._to_ids(text)
                 if not ids:
                     raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tv_lens.files import write_whole
+from tv_lens.files import from_json, to_json, write_whole
 from tv_lens.prompts import Template
 
 # Raised when a file can no longer be read by the version before.
@@ -103,7 +103,8 @@ class TaskVectors:
         provenance = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "values"}
         provenance["template"] = None if self.template is None else asdict(self.template)
         provenance["versions"] = dict(self.versions)
-        metadata = {"tv_lens": json.dumps({"format": _FORMAT, **provenance}, ensure_ascii=False)}
+        header = to_json({"format": _FORMAT, **provenance}).decode()
+        metadata = {"tv_lens": header, "sha256": _digest(header, self.values)}
         write_whole(path, safetensors.torch.save({"values": self.values.contiguous()}, metadata))
 
     @classmethod
@@ -115,6 +116,8 @@ class TaskVectors:
             ValueError: another kind of file, a damaged one, or one of a newer version of tv_lens.
         """
         path = Path(path)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path}: a folder, not a file of task vectors")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file of task vectors")
         try:
@@ -126,8 +129,8 @@ class TaskVectors:
         if "tv_lens" not in metadata or values is None:
             raise ValueError(f"{path}: a safetensors file, but not one of task vectors (it holds {names})")
         try:
-            provenance = _provenance(json.loads(metadata["tv_lens"]))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            provenance = _provenance(from_json(metadata["tv_lens"]))
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: its header has been changed and cannot be read ({error})") from error
         if isinstance(provenance, int):
             raise ValueError(
@@ -136,7 +139,13 @@ class TaskVectors:
             )
         if values.dtype != torch.float32 or values.ndim != 3:
             raise ValueError(f"{path}: holds {values.dtype} of shape {tuple(values.shape)}, not task vectors")
-        return cls(values, **provenance)
+        # Files of before the digest have none, nor has a header that was changed on purpose.
+        if metadata.get("sha256") not in (None, _digest(metadata["tv_lens"], values)):
+            raise ValueError(f"{path}: damaged, as it does not fit its own checksum; copy or extract it again")
+        try:
+            return cls(values, **provenance)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def check_fits(self, model: str, n_layers: int, d_model: int) -> None:
         """Raises ValueError where the vectors cannot be of that model: another depth or another width."""
@@ -158,9 +167,14 @@ def _provenance(header: Any) -> dict[str, Any] | int:
     template, bos = header["template"], header["prepend_bos"]
     if not all(isinstance(header[name], str) for name in ("model", "task", "method")):
         raise ValueError("model, task and method are texts")
-    if bos not in (None, True, False):
+    if not (bos is None or isinstance(bos, bool)):
         raise ValueError("prepend_bos is true, false or null")
+    lists = (header["prompts"], header["substitutes"], *header["substitutes"])
+    if not all(isinstance(each, list) for each in lists):
+        raise ValueError("prompts and substitutes are lists")
     prompts, substitutes = tuple(header["prompts"]), tuple(map(tuple, header["substitutes"]))
+    if template is not None and not all(isinstance(template[name], str) for name in ("example", "separator")):
+        raise ValueError("template holds texts")
     texts = [*prompts, *(query for queries in substitutes for query in queries), *header["versions"].values()]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("prompts, substitutes and versions hold texts")
@@ -170,6 +184,12 @@ def _provenance(header: Any) -> dict[str, Any] | int:
         "prompts": prompts,
         "substitutes": substitutes,
     }
+
+
+def _digest(header: str, values: Float[Tensor, "prompt layer d_model"]) -> str:
+    """What tells whether the numbers or their provenance were damaged on the way."""
+    numbers = values.contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(header.encode() + str(tuple(values.shape)).encode() + numbers).hexdigest()
 
 
 def check_layer(layer: int, n_layers: int, model: str) -> None:
