@@ -52,5 +52,7 @@ def from_json(content: bytes | str) -> Any:
 
     try:
         return json.loads(content, object_pairs_hook=once, parse_constant=no_number)
+    except UnicodeDecodeError as error:  # whose repr is the whole file
+        raise ValueError(f"not UTF-8 ({error})") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
