@@ -15,17 +15,20 @@ import pytest
 import torch
 from conftest import Twins, make_twins
 from test_no_trace import CALLS, PROMPTS, SUBSTITUTES, TASK, assert_same, state_of, touched
+from transformer_lens import hook_points
+from transformer_lens.model_bridge import bridge_core
 
 import tv_lens as tv
-from tv_lens import engines, files
+from tv_lens import files
 
 __all__ = ["touched"]  # a fixture
 
 # How many lines of each call are interrupted, spread evenly; more for a long run.
 PLACES = int(os.environ.get("TV_LENS_PLACES", "6"))
 HOUSE = str(Path(tv.__file__).parent)
-# Ctrl-C while things are put back, a window of microseconds, is the one that Python cannot help.
-PUTS_BACK = {engines._tokenizer_as_it_was.__wrapped__.__code__, engines.LocalEngine._quietly.__wrapped__.__code__}
+# Between the end of a block and the first line of what puts things back, Python has no place for a guard. What they
+# call to put things back is interrupted too.
+UNGUARDED = {"_tokenizer_as_it_was", "_quietly", "_to_its_end"}
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
@@ -36,7 +39,7 @@ def interrupt_at(line: int, under: str = HOUSE) -> Iterator[list[str]]:
     passed: list[str] = []
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(under) or frame.f_code in PUTS_BACK:
+        if not frame.f_code.co_filename.startswith(under) or frame.f_code.co_name in UNGUARDED:
             return None
         if event == "line":
             passed.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
@@ -74,6 +77,24 @@ def test_no_line_is_a_bad_place_for_an_interrupt(touched: Twins, call: str) -> N
         with pytest.raises(KeyboardInterrupt), interrupt_at(line):
             CALLS[call](engine, vectors)
         assert_same(before, state_of(touched))
+    assert outcome(CALLS[call](engine, vectors)) == expected
+
+
+@pytest.mark.parametrize("call", ["extract", "patched_logits"])
+def test_nor_is_any_line_that_adds_or_removes_hooks(llama: Twins, call: str) -> None:
+    """TransformerLens's own lines; where Ctrl-C comes between them it leaves the hooks of a read on the model."""
+    engine = tv.LocalEngine(llama.bridge, progress=False)
+    vectors = tv.TaskVectors(torch.ones(4, 4, 32), "m", "t")
+    expected = outcome(CALLS[call](engine, vectors))  # the first run, at which TransformerLens hooks layer norms
+    before = state_of(llama)
+    for under in (hook_points.__file__, bridge_core.__file__):
+        with interrupt_at(0, under) as lines:
+            CALLS[call](engine, vectors)
+        for place in range(4 * PLACES):
+            line = 1 + (2 * place + 1) * len(lines) // (8 * PLACES)
+            with pytest.raises(KeyboardInterrupt), interrupt_at(line, under):
+                CALLS[call](engine, vectors)
+            assert_same(before, state_of(llama))
     assert outcome(CALLS[call](engine, vectors)) == expected
 
 
@@ -135,7 +156,7 @@ def test_an_interrupt_in_a_sampler_or_a_rule(touched: Twins) -> None:
 # Files
 
 SMALL: dict[str, Any] = {"shots": 1, "n_dev": 2, "n_test": 2, "substitutes": 1, "max_new_tokens": 1, "layers": [0, 3]}
-TASKS = [TASK, tv.Task("lower", ("A", "BB", "COLD", "DOG", "FOX"), str.lower)]
+TASKS = [TASK, tv.Task("lower", ("A", "BB", "COLD", "DOG", "FOX", "WET", "X"), str.lower)]
 
 
 @pytest.fixture(scope="module")

@@ -38,14 +38,16 @@ def live() -> dict[int, int]:
 
 @contextmanager
 def peak(twins: Twins) -> Iterator[list[int]]:
-    """Bytes that are alive at the last block of every pass, beyond those before."""
-    before = sum(live().values())
+    """Bytes alive at the last block of every pass, of tensors made since."""
     seen: list[int] = []
     last = twins.bridge.original_model.model.layers[-1]
-    handle = last.register_forward_hook(lambda module, args, output: seen.append(sum(live().values()) - before))
+    handle = last.register_forward_hook(lambda module, args, output: seen.append(sum(live().values())))
+    gc.collect()
+    gc.freeze()  # the collector no longer lists what is there already
     try:
         yield seen
     finally:
+        gc.unfreeze()
         handle.remove()
 
 

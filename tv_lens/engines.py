@@ -359,21 +359,38 @@ class LocalEngine:
 
     @contextmanager
     def _quietly(self) -> Iterator[None]:
-        """No graph and no dropout; each module's train flag comes back as it was, also when a pass raises."""
+        """No graph and no dropout; each module's train flag and our hook points come back as they were, also when a
+        pass raises.
+        """
         training = [
             module
             for model in (self.bridge, self.bridge.original_model)
             for module in model.modules()
             if module.training
         ]
-        try:
-            for module in training:
-                module.training = False
-            with torch.no_grad():
-                yield
-        finally:
+        grad, hook_dict = torch.is_grad_enabled(), self.bridge.hook_dict
+        points = [hook_dict[name] for name in self._hooks]
+        hooks = [(point, list(point.fwd_hooks), list(point._forward_hooks)) for point in points]
+        level = getattr(self.bridge, "context_level", 0)
+
+        def put_back() -> None:
+            torch.set_grad_enabled(grad)
             for module in training:
                 module.training = True
+            # TransformerLens leaves its hooks there where Ctrl-C comes while it adds or removes them.
+            for point, shown, keys in hooks:
+                point.fwd_hooks[:] = shown
+                for key in [key for key in point._forward_hooks if key not in keys]:
+                    del point._forward_hooks[key]
+            self.bridge.context_level = level
+
+        try:
+            torch.set_grad_enabled(False)
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            _to_its_end(put_back)
 
     def _to_ids(self, text: str) -> list[int]:
         # A text that brings its own BOS does not get a second one.
@@ -553,8 +570,21 @@ def _tokenizer_as_it_was(tokenizer: Any) -> Iterator[None]:
         yield
         return
     padding, truncation = backend.padding, backend.truncation
+
+    def put_back() -> None:
+        backend.no_padding() if padding is None else backend.enable_padding(**padding)
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+
     try:
         yield
     finally:
-        backend.no_padding() if padding is None else backend.enable_padding(**padding)
-        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+        _to_its_end(put_back)
+
+
+def _to_its_end(put_back: Callable[[], None]) -> None:
+    """Ctrl-C in the middle of it waits until all is put back: a model may have a thousand modules."""
+    try:
+        put_back()
+    except KeyboardInterrupt:
+        put_back()
+        raise
