@@ -24,13 +24,13 @@ MANY = int(os.environ.get("TV_LENS_EXAMPLES", "0"))
 
 
 def tried(times: int) -> Callable[[Any], Any]:
-    """So many examples, the same in every run; the fixtures used hold nothing that an example changes."""
+    """So many examples, the same in every run."""
     return settings(
         max_examples=MANY or times,
         derandomize=not MANY,
         database=None,
         deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 
 
@@ -195,7 +195,7 @@ def test_neither_order_nor_batch_size_changes_anything(
     assert same(tv.generate(other, mixed, max_new_tokens=2, sampler=tv.sample(seed=seed)), drawn)
 
 
-@pytest.fixture(scope="module")
+@functools.cache  # no fixture, which a failure would print in full
 def guarded() -> Twins:
     """A model that must not run."""
     twins = make_twins("llama")
@@ -211,7 +211,7 @@ def guarded() -> Twins:
     room=st.integers(1, 140),
 )
 def test_a_prompt_too_long_is_refused_before_the_model_runs(
-    guarded: Twins, before: list[str], after: list[str], piece: str, room: int
+    before: list[str], after: list[str], piece: str, room: int
 ) -> None:
     long = piece * 130
     prompts = [tv.Prompt((), text) for text in (*before, long, *after)]
@@ -220,18 +220,18 @@ def test_a_prompt_too_long_is_refused_before_the_model_runs(
     first = next(i for i, length in enumerate(lengths) if length + room - 1 > 128)
     message = rf"^prompt {first} has {lengths[first]} tokens.* and the context of tiny-llama is 128: "
     with pytest.raises(ValueError, match=message) as raised:
-        tv.generate(guarded.bridge, prompts, max_new_tokens=room)
-    assert len(str(raised.value)) < 400
+        tv.generate(guarded().bridge, prompts, max_new_tokens=room)
+    assert len(str(raised.value)) < 600
 
 
 @tried(60)
 @given(before=TEXT, after=TEXT, half=st.characters(categories=["Cs"]), others=st.lists(SHORT, max_size=3))
 def test_half_a_character_is_refused_before_the_model_runs(
-    guarded: Twins, before: str, after: str, half: str, others: list[str]
+    before: str, after: str, half: str, others: list[str]
 ) -> None:
     prompts = [tv.Prompt((), text) for text in (*others, before + half + after)]
     with pytest.raises(ValueError, match=f"^prompt {len(others)} holds half of a surrogate pair") as raised:
-        tv.generate(guarded.bridge, prompts)
+        tv.generate(guarded().bridge, prompts)
     str(raised.value).encode()
     with pytest.raises(ValueError, match="half of a surrogate pair"):
         tv.Task("t", (*dict.fromkeys(others), before + half + after), str.upper)
@@ -262,8 +262,9 @@ def test_braces_in_data_and_template_are_data(
     assert template.show(example_) == before + example_.input + between + example_.output + after
     asked = template.ask(example_.input)
     assert template.show(example_).startswith(asked)
-    rest = template.show(example_).removeprefix(asked)
-    assert rest.strip(" ").startswith((example_.output + after).strip(" ")[:1])
+    told = example_.output + after
+    spaces = len(template.show(example_)) - len(asked) - len(told)  # they go with the answer's token
+    assert template.show(example_) == asked + " " * spaces + told
     if between:
         assert not asked.endswith(" ")
     prompt = tv.Prompt((example_, example_), example_.input, template=template)
