@@ -111,14 +111,14 @@ def interrupting(function: Callable[..., Any], at: int) -> Callable[..., Any]:
     return wrapped
 
 
-@pytest.mark.parametrize("call", ["extract", "sampled", "patch_generate", "sweep_layers"])
-@pytest.mark.parametrize("place", ["tokenising", "a later batch", "decoding", "scoring", "in a hook"])
-def test_named_places(touched: Twins, call: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [(place, call) for place in ("tokenising", "a later batch") for call in ("extract", "sampled", "sweep_layers")]
+    + [("decoding", "sampled"), ("decoding", "sweep_layers"), ("scoring", "sweep_layers"), ("scoring", "conflict")]
+    + [("in a hook", "patch_generate"), ("in a hook", "sweep_layers")],
+)
+def test_named_places(touched: Twins, place: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bridge = touched.bridge
-    if (place, call) in {("decoding", "extract"), ("in a hook", "sampled"), ("in a hook", "extract")}:
-        pytest.skip("not part of this call")
-    if place == "scoring" and call in ("extract", "sampled", "patch_generate"):
-        pytest.skip("not part of this call")
     engine = tv.LocalEngine(bridge, batch_size=2, progress=False)
     vectors = tv.TaskVectors(torch.ones(4, 4, 32), "m", "t")
     before = state_of(touched)

@@ -103,8 +103,10 @@ class TaskVectors:
         provenance = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "values"}
         provenance["template"] = None if self.template is None else asdict(self.template)
         provenance["versions"] = dict(self.versions)
-        header = to_json({"format": _FORMAT, **provenance}).decode()
-        metadata = {"tv_lens": header, "sha256": _digest(header, self.values)}
+        header = {"format": _FORMAT, **provenance}
+        header["sha256"] = _digest(header, self.values)
+        # One entry: safetensors would write several in another order each time.
+        metadata = {"tv_lens": to_json(header).decode()}
         write_whole(path, safetensors.torch.save({"values": self.values.contiguous()}, metadata))
 
     @classmethod
@@ -129,7 +131,8 @@ class TaskVectors:
         if "tv_lens" not in metadata or values is None:
             raise ValueError(f"{path}: a safetensors file, but not one of task vectors (it holds {names})")
         try:
-            provenance = _provenance(from_json(metadata["tv_lens"]))
+            header = from_json(metadata["tv_lens"])
+            provenance = _provenance(header)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: its header has been changed and cannot be read ({error})") from error
         if isinstance(provenance, int):
@@ -140,7 +143,7 @@ class TaskVectors:
         if values.dtype != torch.float32 or values.ndim != 3:
             raise ValueError(f"{path}: holds {values.dtype} of shape {tuple(values.shape)}, not task vectors")
         # Files of before the digest have none, nor has a header that was changed on purpose.
-        if metadata.get("sha256") not in (None, _digest(metadata["tv_lens"], values)):
+        if header.get("sha256") not in (None, _digest(header, values)):
             raise ValueError(f"{path}: damaged, as it does not fit its own checksum; copy or extract it again")
         try:
             return cls(values, **provenance)
@@ -186,10 +189,11 @@ def _provenance(header: Any) -> dict[str, Any] | int:
     }
 
 
-def _digest(header: str, values: Float[Tensor, "prompt layer d_model"]) -> str:
+def _digest(header: Mapping[str, Any], values: Float[Tensor, "prompt layer d_model"]) -> str:
     """What tells whether the numbers or their provenance were damaged on the way."""
     numbers = values.contiguous().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(header.encode() + str(tuple(values.shape)).encode() + numbers).hexdigest()
+    told = {name: value for name, value in header.items() if name != "sha256"}
+    return hashlib.sha256(to_json([told, list(values.shape)]) + numbers).hexdigest()
 
 
 def check_layer(layer: int, n_layers: int, model: str) -> None:
