@@ -133,7 +133,7 @@ def test_tokens_are_those_of_each_prompt_alone(
 ) -> None:
     """Greedy, plain and patched, three tokens unless the prompt's separator or an end of text comes before."""
     twins = twins_of(name)
-    prompts = [tv.Prompt(*each) for each in drawn]
+    prompts = [tv.Prompt(tuple(tv.Example(*pair) for pair in shots), query) for shots, query in drawn]
     engine = tv.LocalEngine(twins.bridge, batch_size=batch_size, progress=False)
     noise = torch.randn(len(prompts), 4, 32, generator=torch.Generator().manual_seed(seed)) * 2
     vectors = tv.TaskVectors(noise, "tiny", "noise")
