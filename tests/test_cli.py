@@ -178,7 +178,15 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 def process(*args: str, **options: Any) -> subprocess.Popen[str]:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", **options}
     command = [sys.executable, "-m", "tv_lens", *args]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite in the background of a shell ignores Ctrl-C, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -213,3 +221,29 @@ def test_a_killed_run_goes_on_and_other_hashing_changes_nothing(tiny: Tiny, tmp_
     assert json.loads(first) == json.loads(second)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # not run again
     assert len(list(folder.glob("task-*.json"))) == len(names)
+
+
+def test_an_interrupted_run_ends_with_130_and_goes_on(
+    capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    names = [name for name, task in tv.library().items() if task.category == "algorithmic"]
+    args = ["run", *names, "--model", tiny.folder, *SMALL]
+    stopped = process(*args, "--folder", str(folder))
+    deadline = time.monotonic() + 200
+    while stopped.poll() is None and len(list(folder.glob("task-*.json"))) < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    out, err = stopped.communicate()
+    assert (stopped.returncode, out) == (130, ""), err
+    assert "Traceback" not in err
+    kept = sorted(folder.iterdir())
+    assert {path.suffix for path in kept} == {".json", ".safetensors"}
+    for path in kept:
+        if path.suffix == ".safetensors":
+            tv.TaskVectors.load(path)
+        else:
+            json.loads(path.read_bytes())
+    assert 1 <= len(list(folder.glob("task-*.json"))) < len(names)
+    assert as_json(capsys, *args, "--folder", str(folder)) == as_json(capsys, *args)

@@ -18,7 +18,7 @@ from transformer_lens.utilities.statistics import derive_generator, success_rate
 
 from tv_lens.engines import Engine, bar, engine_for, engine_name
 from tv_lens.extraction import extract, extract_across
-from tv_lens.files import write_whole
+from tv_lens.files import from_json, to_json, write_whole
 from tv_lens.generation import answer_all, answer_side_by_side, check_new_tokens, check_patching, patch_for
 from tv_lens.prompts import PAPER, Example, Prompt, Template, check_prompts
 from tv_lens.tables import to_html
@@ -457,10 +457,9 @@ class Experiment:
         """
         import pandas as pd
 
-        told = ("model", "scoring", "method", "shots", "seed")
         tables = [
             result.evaluation.to_pandas().assign(
-                task=result.task, category=result.category, **{name: self.settings[name] for name in told}
+                task=result.task, category=result.category, **{name: self.settings[name] for name in _TOLD}
             )
             for result in self.results
         ]
@@ -498,7 +497,7 @@ class Experiment:
         path = Path(path)
         if path.suffix == ".json":
             whole = {"settings": dict(self.settings), "results": [asdict(result) for result in self.results]}
-            write_whole(path, _to_json(whole))
+            write_whole(path, to_json(whole, indent=1))
         elif path.suffix == ".parquet":
             try:
                 content = self.to_pandas().to_parquet(index=False)
@@ -516,9 +515,12 @@ class Experiment:
             ValueError: another kind of file, or a damaged one.
         """
         try:
-            whole = json.loads(Path(path).read_bytes())
-            return cls(whole["settings"], tuple(_from_json(result) for result in whole["results"]))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            whole = from_json(Path(path).read_bytes())
+            settings, results = whole["settings"], tuple(_result(each) for each in _list_of(dict, whole["results"]))
+            if not (results and all(isinstance(settings[name], (str, int)) for name in _TOLD)):
+                raise ValueError(f"no results, or no {', '.join(_TOLD)}")
+            return cls(settings, results)
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: no saved experiment, or a damaged one ({error!r})") from error
 
     def plot(self) -> go.Figure:
@@ -669,6 +671,10 @@ class _Halves:
         self.test_prompts = self.test.sample(min(n_test, len(self.test)), shots=shots, seed=seed, template=template)
 
 
+# The settings that tell the rows of several experiments apart.
+_TOLD = ("model", "scoring", "method", "shots", "seed")
+
+
 class _Kept:
     """What a run has found so far: in memory, and in a folder where there is one, a file a task."""
 
@@ -680,9 +686,9 @@ class _Kept:
         whole = folder / "settings.json"
         if whole.exists():
             try:
-                before = json.loads(whole.read_bytes())
+                before = from_json(whole.read_bytes())
                 differ = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
-            except (ValueError, AttributeError) as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"{whole}: no settings of an experiment ({error}); use another folder") from error
             if differ:
                 told = "; ".join(f"{name} was {before.get(name)}, is {settings.get(name)}" for name in differ)
@@ -691,21 +697,21 @@ class _Kept:
             raise ValueError(f"{folder} is not empty and holds no experiment; use another folder")
         for name in settings["tasks"]:
             if self._path(name, "json").exists():
-                self.results[name] = _read_result(self._path(name, "json"))
+                self.results[name] = _read_result(self._path(name, "json"), name)
             if self._path(name, "safetensors").exists():
                 self.vectors[name] = TaskVectors.load(self._path(name, "safetensors"))
 
     def keep_result(self, result: TaskResult) -> None:
         self.results[result.task] = result
         if self.folder is not None:
-            write_whole(self._path(result.task, "json"), _to_json(asdict(result)))
+            write_whole(self._path(result.task, "json"), to_json(asdict(result), indent=1))
 
     def keep_vector(self, name: str, vectors: TaskVectors) -> None:
         self.vectors[name] = vectors
         if self.folder is not None:
             if not (self.folder / "settings.json").exists():  # not before there is something that they made
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(self.folder / "settings.json", _to_json(self._settings))
+                write_whole(self.folder / "settings.json", to_json(self._settings, indent=1))
             vectors.save(self._path(name, "safetensors"))
 
     def _path(self, name: str, kind: str) -> Path:
@@ -716,41 +722,68 @@ class _Kept:
         return self.folder / f"task-{plain}{mark}.{kind}"
 
 
-def _to_json(data: Mapping[str, Any]) -> bytes:
-    return json.dumps(data, ensure_ascii=False, indent=1).encode()
-
-
 def _fingerprint(task: Task) -> str:
     pairs = [(text, task.answer(text), *task.accepted.get(task.answer(text), ())) for text in task.inputs]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
-def _read_result(path: Path) -> TaskResult:
+def _read_result(path: Path, task: str) -> TaskResult:
     try:
-        return _from_json(json.loads(path.read_bytes()))
+        result = _result(from_json(path.read_bytes()))
+        if result.task != task:
+            raise ValueError(f"it is of the task {result.task!r}, not {task!r}")
+        return result
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: a damaged result ({error!r}); delete it to have the task run again") from error
 
 
-def _from_json(data: Mapping[str, Any]) -> TaskResult:
-    def score_of(each: Mapping[str, Any]) -> Score:
-        return Score(tuple(each["texts"]), tuple(each["answers"]), tuple(each["correct"]))
+def _list_of(kind: type, values: Any) -> tuple[Any, ...]:
+    if not (isinstance(values, list) and all(type(each) is kind for each in values)):
+        raise ValueError(f"not a list of {kind.__name__}")
+    return tuple(values)
 
+
+def _score(data: Mapping[str, Any]) -> Score:
+    found = Score(
+        *(_list_of(*each) for each in ((str, data["texts"]), (str, data["answers"]), (bool, data["correct"])))
+    )
+    if not len(found.texts) == len(found.answers) == len(found.correct) > 0:
+        raise ValueError("a score has a text, an answer and a verdict for each prompt")
+    return found
+
+
+def _n_layers(data: Mapping[str, Any], layers: Sequence[int]) -> int | None:
+    """How many layers the model has, which files of before did not say."""
+    found = data.get("n_layers")
+    if not (found is None or (type(found) is int and max(layers) < found < 2**31)):
+        raise ValueError(f"n_layers is {found}, of a model with the layers {layers}")
+    return found
+
+
+def _result(data: Mapping[str, Any]) -> TaskResult:
+    """A result from JSON, each part of its type and as many as there should be."""
     found, swept = data["evaluation"], data["sweep"]
+    scores = tuple(map(_score, _list_of(dict, swept["scores"])))
+    layers = (found["layer"], *_list_of(int, swept["layers"]))
+    if not all(type(layer) is int and 0 <= layer < 2**31 for layer in layers):
+        raise ValueError(f"layers are {layers}, and should be whole numbers")
+    sweep = Sweep(layers[1:], scores, _n_layers(swept, layers))
+    if not len(set(sweep.layers)) == len(sweep.layers) == len(sweep.scores) > 0:
+        raise ValueError("a sweep has different layers and a score for each")
+    if not isinstance(found["controls"], dict):
+        raise ValueError("controls is an object")
     evaluation = Evaluation(
         found["layer"],
-        zero_shot=score_of(found["zero_shot"]),
-        few_shot=score_of(found["few_shot"]),
-        patched=score_of(found["patched"]),
-        controls={name: score_of(each) for name, each in found["controls"].items()},
-        n_layers=found.get("n_layers"),
+        zero_shot=_score(found["zero_shot"]),
+        few_shot=_score(found["few_shot"]),
+        patched=_score(found["patched"]),
+        controls={name: _score(each) for name, each in found["controls"].items()},
+        n_layers=_n_layers(found, layers),
     )
-    return TaskResult(
-        data["task"],
-        data["category"],
-        Sweep(tuple(swept["layers"]), tuple(map(score_of, swept["scores"])), swept.get("n_layers")),
-        evaluation,
-        data["other_task"],
-        tuple(data["dev_prompts"]),
-        tuple(data["test_prompts"]),
-    )
+    if len({score.answers for score in evaluation.conditions.values()}) > 1:
+        raise ValueError("the conditions are not of the same prompts")
+    task, category, other = data["task"], data["category"], data["other_task"]
+    if not (isinstance(task, str) and isinstance(category, str) and (other is None or isinstance(other, str))):
+        raise ValueError("task, category and other_task are texts")
+    dev, test = _list_of(str, data["dev_prompts"]), _list_of(str, data["test_prompts"])
+    return TaskResult(task, category, sweep, evaluation, other, dev, test)

@@ -48,18 +48,19 @@ def extract_across(model: Any, prompts: Sequence[Prompt]) -> TaskVectors:
     engine = engine_for(model)
     check_prompts(prompts)
     used = [{prompt.query, *(example.input for example in prompt.examples)} for prompt in prompts]
-    others = [
-        [j for j in range(len(prompts)) if j != i and prompt.query not in used[j]] for i, prompt in enumerate(prompts)
-    ]
-    for i, left in enumerate(others):
-        if not left:
+
+    def others(i: int) -> list[int]:  # listed anew for each, as all lists together grow with the square
+        return [j for j, texts in enumerate(used) if j != i and prompts[i].query not in texts]
+
+    for i in range(len(prompts)):
+        if not others(i):
             raise ValueError(
                 f"prompt {i}: every other prompt shows or asks {prompts[i].query!r}, so no vector is left to "
                 "average; sample more prompts or more inputs"
             )
     read = torch.empty(len(prompts), engine.n_layers, engine.d_model)
     run_all(engine, [[prompt.text] for prompt in prompts], _reading_into(read, engine))
-    means = torch.stack([read[left].mean(dim=0) for left in others])
+    means = torch.stack([read[others(i)].mean(dim=0) for i in range(len(prompts))])
     return _vectors(engine, means, prompts, (), "extract_across")
 
 

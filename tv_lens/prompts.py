@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+# Half of a surrogate pair is no character: no tokenizer and no file takes it.
+half_character = re.compile("[\ud800-\udfff]").search
 
 
 class Example(NamedTuple):

@@ -7,16 +7,17 @@ import functools
 import io
 import json
 import random
+import reprlib
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tv_lens.prompts import Example, Prompt, Template
+from tv_lens.prompts import Example, Prompt, Template, half_character
 
 Accepts = Callable[[str, str], bool]
 
@@ -96,7 +97,8 @@ class Task:
     `accepted` holds, by answer, what is right as well; `category` is what kind of task it is.
 
     Raises:
-        ValueError: an input stands twice, so that demonstrations could give the answer away.
+        ValueError: an input stands twice, so that demonstrations could give the answer away; or is no text that a
+            model or a file could take.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Task:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", tuple(self.inputs))
+        _check_characters(self.name, (self.name, *self.inputs))
         repeated = [text for text, count in Counter(self.inputs).items() if count > 1]
         if repeated:
             raise ValueError(
@@ -154,13 +157,15 @@ class Task:
                 and all(isinstance(each, str) for each in [text, *answers])
             ):
                 raise ValueError(
-                    f"task {name!r}: {text!r} -> {output!r} is not a pair of texts; write numbers in quotes"
+                    f"task {name!r}: {_short(text)} -> {_short(output)} is not a pair of texts; write numbers in quotes"
                 )
+            _check_characters(name, (text, *answers))
             table[text], others = answers[0], tuple(answers[1:])
             if accepted.setdefault(answers[0], others) != others:
                 raise ValueError(
-                    f"task {name!r}: the answer {answers[0]!r} of {text!r} has the alternatives {others}, and "
-                    f"elsewhere {accepted[answers[0]]}; give it the same everywhere, or another first answer"
+                    f"task {name!r}: the answer {_short(answers[0])} of {_short(text)} has the alternatives "
+                    f"{_short(others)}, and elsewhere {_short(accepted[answers[0]])}; give it the same "
+                    "everywhere, or another first answer"
                 )
         others_only = {answer: others for answer, others in accepted.items() if others}
         return cls(name, tuple(table), table.__getitem__, accepts, others_only, category)
@@ -192,9 +197,9 @@ class Task:
         seen: dict[str, str | Sequence[str]] = {}
         for where, pair in pairs:
             if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and _is_text(pair[0]) and _are_texts(pair[1])):
-                raise ValueError(f"{path}, {where}: {pair!r} is not a pair of non-empty texts, input and output")
+                raise ValueError(f"{path}, {where}: {_short(pair)} is not a pair of non-empty texts, input and output")
             if pair[0] in seen:
-                raise ValueError(f"{path}, {where}: input {pair[0]!r} stands a second time; keep one")
+                raise ValueError(f"{path}, {where}: input {_short(pair[0])} stands a second time; keep one")
             seen[pair[0]] = pair[1]
         if not seen:
             raise ValueError(f"{path}: no pairs in it")
@@ -292,7 +297,23 @@ def _are_texts(value: object) -> bool:
 
 
 def _some(texts: Sequence[str], most: int = 5) -> str:
-    return ", ".join(map(repr, texts[:most])) + (", ..." if len(texts) > most else "")
+    return ", ".join(map(_short, texts[:most])) + (", ..." if len(texts) > most else "")
+
+
+# As long as an error can well be, also of a cell of a million characters or a list nested a thousand deep.
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 80
+_short = _brief.repr
+
+
+def _check_characters(task: str, texts: Iterable[str]) -> None:
+    """Raises ValueError where a text holds half of a surrogate pair: no tokenizer and no file takes it."""
+    for text in texts:
+        if half_character(text):
+            raise ValueError(
+                f"task {_short(task)}: {_short(text)} holds half of a surrogate pair, which is no character; write the "
+                "whole character, or save the data as UTF-8"
+            )
 
 
 class _Object(list[tuple[str, Any]]):
@@ -311,6 +332,8 @@ def _json_pairs(text: str) -> list[tuple[str, Any]]:
 
 
 def _csv_pairs(text: str) -> list[tuple[str, Any]]:
+    if "\0" in text:
+        raise ValueError("holds NUL characters; is it UTF-16? Save it as UTF-8")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = [(f"line {reader.line_num}", row) for row in reader if row]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tv_lens.files import write_whole
+from tv_lens.files import from_json, to_json, write_whole
 from tv_lens.prompts import Template
 from tv_lens.tables import to_html
 
@@ -221,7 +221,10 @@ class TaskVectors:
         provenance = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "values"}
         provenance["template"] = None if self.template is None else asdict(self.template)
         provenance["versions"] = dict(self.versions)
-        metadata = {"tv_lens": json.dumps({"format": _FORMAT, **provenance}, ensure_ascii=False)}
+        header = {"format": _FORMAT, **provenance}
+        header["sha256"] = _digest(header, self.values)
+        # One entry: safetensors would write several in another order each time.
+        metadata = {"tv_lens": to_json(header).decode()}
         return safetensors.torch.save({"values": self.values.contiguous()}, metadata)
 
     @classmethod
@@ -233,6 +236,8 @@ class TaskVectors:
             ValueError: another kind of file, a damaged one, or one of a newer version of tv_lens.
         """
         path = Path(path)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path}: a folder, not a file of task vectors")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file of task vectors")
         try:
@@ -244,8 +249,9 @@ class TaskVectors:
         if "tv_lens" not in metadata or values is None:
             raise ValueError(f"{path}: a safetensors file, but not one of task vectors (it holds {names})")
         try:
-            provenance = _provenance(json.loads(metadata["tv_lens"]))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            header = from_json(metadata["tv_lens"])
+            provenance = _provenance(header)
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: its header has been changed and cannot be read ({error})") from error
         if isinstance(provenance, int):
             raise ValueError(
@@ -254,7 +260,13 @@ class TaskVectors:
             )
         if values.dtype != torch.float32 or values.ndim != 3:
             raise ValueError(f"{path}: holds {values.dtype} of shape {tuple(values.shape)}, not task vectors")
-        return cls(values, **provenance)
+        # Files of before the digest have none, nor has a header that was changed on purpose.
+        if header.get("sha256") not in (None, _digest(header, values)):
+            raise ValueError(f"{path}: damaged, as it does not fit its own checksum; copy or extract it again")
+        try:
+            return cls(values, **provenance)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def push_to_hub(
         self,
@@ -318,9 +330,14 @@ def _provenance(header: Any) -> dict[str, Any] | int:
     template, bos = header["template"], header["prepend_bos"]
     if not all(isinstance(header[name], str) for name in ("model", "task", "method")):
         raise ValueError("model, task and method are texts")
-    if bos not in (None, True, False):
+    if not (bos is None or isinstance(bos, bool)):
         raise ValueError("prepend_bos is true, false or null")
+    lists = (header["prompts"], header["substitutes"], *header["substitutes"])
+    if not all(isinstance(each, list) for each in lists):
+        raise ValueError("prompts and substitutes are lists")
     prompts, substitutes = tuple(header["prompts"]), tuple(map(tuple, header["substitutes"]))
+    if template is not None and not all(isinstance(template[name], str) for name in ("example", "separator")):
+        raise ValueError("template holds texts")
     texts = [*prompts, *(query for queries in substitutes for query in queries), *header["versions"].values()]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("prompts, substitutes and versions hold texts")
@@ -330,6 +347,13 @@ def _provenance(header: Any) -> dict[str, Any] | int:
         "prompts": prompts,
         "substitutes": substitutes,
     }
+
+
+def _digest(header: Mapping[str, Any], values: Float[Tensor, "prompt layer d_model"]) -> str:
+    """What tells whether the numbers or their provenance were damaged on the way."""
+    numbers = values.contiguous().view(torch.uint8).numpy().tobytes()
+    told = {name: value for name, value in header.items() if name != "sha256"}
+    return hashlib.sha256(to_json([told, list(values.shape)]) + numbers).hexdigest()
 
 
 def depth(layer: int, n_layers: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tv_lens.engines.contract import Past, Tokens
+from tv_lens.prompts import half_character
 
 # One pass holds at most so many positions (keys and values) and so many logits, unless `batch_size` is given.
 _POSITIONS = 8192
@@ -74,7 +75,7 @@ class BridgeEngine:
         """The texts in batches of similar length, the longest first, all tokenised and checked beforehand.
 
         Raises:
-            ValueError: a text without tokens, or longer than leaves `room` more in the context.
+            ValueError: a text without tokens, one that is no Unicode, or longer than leaves `room` more in the context.
         """
         return self._batches(self._encode(texts, room))
 
@@ -114,6 +115,11 @@ class BridgeEngine:
         known: dict[str, list[int]] = {}  # one text at a time: batches keep an appended EOS in short rows
         with _tokenizer_as_it_was(self.bridge.tokenizer):
             for i, text in enumerate(texts):
+                if half_character(text):
+                    raise ValueError(
+                        f"prompt {i // per_prompt} holds half of a surrogate pair, which is no character: "
+                        f"{_start(text)}; write the whole character"
+                    )
                 ids = known[text] = known.get(text) or self._to_ids(text)
                 if not ids:
                     raise ValueError(
@@ -181,8 +187,21 @@ def _tokenizer_as_it_was(tokenizer: Any) -> Iterator[None]:
         yield
         return
     padding, truncation = backend.padding, backend.truncation
+
+    def put_back() -> None:
+        backend.no_padding() if padding is None else backend.enable_padding(**padding)
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+
     try:
         yield
     finally:
-        backend.no_padding() if padding is None else backend.enable_padding(**padding)
-        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+        to_its_end(put_back)
+
+
+def to_its_end(put_back: Callable[[], None]) -> None:
+    """Ctrl-C in the middle of it waits until all is put back: a model may have a thousand modules."""
+    try:
+        put_back()
+    except KeyboardInterrupt:
+        put_back()
+        raise

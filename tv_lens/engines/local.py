@@ -23,7 +23,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import logit_readout
 
-from tv_lens.engines.bridge import BridgeEngine, name_of, not_decoder_only
+from tv_lens.engines.bridge import BridgeEngine, name_of, not_decoder_only, to_its_end
 from tv_lens.engines.contract import Edits, Past, Patch, Replay, Tokens
 
 
@@ -292,21 +292,38 @@ class LocalEngine(BridgeEngine):
 
     @contextmanager
     def _quietly(self) -> Iterator[None]:
-        """No graph and no dropout; each module's train flag comes back as it was, also when a pass raises."""
+        """No graph and no dropout; each module's train flag and our hook points come back as they were, also when a
+        pass raises.
+        """
         training = [
             module
             for model in (self.bridge, self.bridge.original_model)
             for module in model.modules()
             if module.training
         ]
-        try:
-            for module in training:
-                module.training = False
-            with torch.no_grad():
-                yield
-        finally:
+        grad, hook_dict = torch.is_grad_enabled(), self.bridge.hook_dict
+        points = [hook_dict[name] for name in self._hooks]
+        hooks = [(point, list(point.fwd_hooks), list(point._forward_hooks)) for point in points]
+        level = getattr(self.bridge, "context_level", 0)
+
+        def put_back() -> None:
+            torch.set_grad_enabled(grad)
             for module in training:
                 module.training = True
+            # TransformerLens leaves its hooks there where Ctrl-C comes while it adds or removes them.
+            for point, shown, keys in hooks:
+                point.fwd_hooks[:] = shown
+                for key in [key for key in point._forward_hooks if key not in keys]:
+                    del point._forward_hooks[key]
+            self.bridge.context_level = level
+
+        try:
+            torch.set_grad_enabled(False)
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            to_its_end(put_back)
 
 
 def _context(bridge: TransformerBridge) -> int | None:

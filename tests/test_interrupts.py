@@ -1,0 +1,221 @@
+"""Ctrl-C, wherever it comes: no hook and no half-written file is left, and the next call gives what it would have."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from conftest import Twins, make_twins
+from test_no_trace import CALLS, PROMPTS, SUBSTITUTES, TASK, assert_same, state_of, touched
+from transformer_lens import hook_points
+from transformer_lens.model_bridge import bridge_core
+
+import tv_lens as tv
+from tv_lens import files
+
+__all__ = ["touched"]  # a fixture
+
+# How many lines of each call are interrupted, spread evenly; more for a long run.
+PLACES = int(os.environ.get("TV_LENS_PLACES", "4"))
+HOUSE = str(Path(tv.__file__).parent)
+# Between the end of a block and the first line of what puts things back, Python has no place for a guard. What they
+# call to put things back is interrupted too.
+UNGUARDED = {"_tokenizer_as_it_was", "_quietly", "to_its_end"}
+
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
+
+
+@contextmanager
+def interrupt_at(line: int, under: str = HOUSE) -> Iterator[list[str]]:
+    """Raises KeyboardInterrupt at that line of our own code, counted as they are run; gives all lines passed."""
+    passed: list[str] = []
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(under) or frame.f_code.co_name in UNGUARDED:
+            return None
+        if event == "line":
+            passed.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+            if len(passed) == line:
+                raise KeyboardInterrupt(passed[-1])
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield passed
+    finally:
+        sys.settrace(before)
+
+
+def outcome(found: Any) -> Any:
+    """What a call gave, in a form that compares."""
+    if isinstance(found, tv.TaskVectors):
+        return found.values.tolist()
+    if isinstance(found, torch.Tensor):
+        return found.tolist()
+    return found.texts if isinstance(found, tv.Completions) else found
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_no_line_is_a_bad_place_for_an_interrupt(touched: Twins, call: str) -> None:
+    engine = tv.LocalEngine(touched.bridge, batch_size=2, progress=False)
+    vectors = tv.TaskVectors(torch.ones(4, 4, 32), "m", "t")
+    with interrupt_at(0) as lines:
+        expected = outcome(CALLS[call](engine, vectors))
+    before = state_of(touched)
+    assert len(lines) > 100
+    for place in range(PLACES):
+        line = 1 + (2 * place + 1) * len(lines) // (2 * PLACES)
+        with pytest.raises(KeyboardInterrupt), interrupt_at(line):
+            CALLS[call](engine, vectors)
+        assert_same(before, state_of(touched))
+    assert outcome(CALLS[call](engine, vectors)) == expected
+
+
+@pytest.mark.parametrize("call", ["extract", "patched_logits"])
+def test_nor_is_any_line_that_adds_or_removes_hooks(llama: Twins, call: str) -> None:
+    """TransformerLens's own lines; where Ctrl-C comes between them it leaves the hooks of a read on the model."""
+    engine = tv.LocalEngine(llama.bridge, progress=False)
+    vectors = tv.TaskVectors(torch.ones(4, 4, 32), "m", "t")
+    expected = outcome(CALLS[call](engine, vectors))  # the first run, at which TransformerLens hooks layer norms
+    before = state_of(llama)
+    for under in (hook_points.__file__, bridge_core.__file__):
+        with interrupt_at(0, under) as lines:
+            CALLS[call](engine, vectors)
+        for place in range(4 * PLACES):
+            line = 1 + (2 * place + 1) * len(lines) // (8 * PLACES)
+            with pytest.raises(KeyboardInterrupt), interrupt_at(line, under):
+                CALLS[call](engine, vectors)
+            assert_same(before, state_of(llama))
+    assert outcome(CALLS[call](engine, vectors)) == expected
+
+
+def interrupting(function: Callable[..., Any], at: int) -> Callable[..., Any]:
+    """The function, which is interrupted the `at`-th time."""
+    times = [0]
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        times[0] += 1
+        if times[0] == at:
+            raise KeyboardInterrupt("here")
+        return function(*args, **options)
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [(place, call) for place in ("tokenising", "a later batch") for call in ("extract", "sampled", "sweep_layers")]
+    + [("decoding", "sampled"), ("decoding", "sweep_layers"), ("scoring", "sweep_layers"), ("scoring", "conflict")]
+    + [("in a hook", "patch_generate"), ("in a hook", "sweep_layers")],
+)
+def test_named_places(touched: Twins, place: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge = touched.bridge
+    engine = tv.LocalEngine(bridge, batch_size=2, progress=False)
+    vectors = tv.TaskVectors(torch.ones(4, 4, 32), "m", "t")
+    before = state_of(touched)
+    expected = outcome(CALLS[call](engine, vectors))
+    with monkeypatch.context() as patched:
+        if place == "tokenising":
+            patched.setattr(engine, "_to_ids", interrupting(engine._to_ids, 2))
+        elif place == "a later batch":
+            name = "read" if call == "extract" else "step"
+            patched.setattr(engine, name, interrupting(getattr(engine, name), 2))
+        elif place == "decoding":
+            patched.setattr(engine, "decode", interrupting(engine.decode, 2))
+        elif place == "scoring":
+            patched.setattr(tv.Task, "right", interrupting(tv.Task.right, 2))
+        else:
+            patched.setattr(torch.Tensor, "clone", interrupting(torch.Tensor.clone, 2))
+        with pytest.raises(KeyboardInterrupt, match="here"):
+            CALLS[call](engine, vectors)
+    assert_same(before, state_of(touched))
+    assert outcome(CALLS[call](engine, vectors)) == expected
+
+
+def test_an_interrupt_in_a_sampler_or_a_rule(touched: Twins) -> None:
+    before = state_of(touched)
+    with pytest.raises(KeyboardInterrupt):
+        tv.generate(touched.bridge, PROMPTS, max_new_tokens=3, sampler=interrupting(tv.sample(seed=1), 2))
+    assert_same(before, state_of(touched))
+    rule = interrupting(tv.exact_match, 3)
+    vectors = tv.extract(touched.bridge, PROMPTS, SUBSTITUTES)
+    with pytest.raises(KeyboardInterrupt):
+        tv.sweep_layers(touched.bridge, replace(TASK, accepts=rule), PROMPTS, vectors, max_new_tokens=1)
+    assert_same(before, state_of(touched))
+
+
+# Files
+
+SMALL: dict[str, Any] = {"shots": 1, "n_dev": 2, "n_test": 2, "substitutes": 1, "max_new_tokens": 1, "layers": [0, 3]}
+TASKS = [TASK, tv.Task("lower", ("A", "BB", "COLD", "DOG", "FOX", "WET", "X"), str.lower)]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Twins:
+    return make_twins("llama")
+
+
+@pytest.fixture(scope="module")
+def experiment(llama: Twins) -> tv.Experiment:
+    return tv.run_experiment(llama.bridge, TASKS, **SMALL)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["v.safetensors", "e.json", "e.parquet"])
+def test_every_line_of_saving_leaves_the_old_file_or_the_new(
+    tmp_path: Path, experiment: tv.Experiment, name: str
+) -> None:
+    vectors = next(iter(experiment.vectors.values()))
+    save = vectors.save if name.startswith("v") else experiment.save
+    save(tmp_path / name)
+    new, old = (tmp_path / name).read_bytes(), b"the old one"
+    with interrupt_at(0, files.__file__) as lines:
+        save(tmp_path / name)
+    assert len(lines) > 5
+    seen = set()
+    for line in range(1, len(lines) + 1):
+        (tmp_path / name).write_bytes(old)
+        with pytest.raises(KeyboardInterrupt), interrupt_at(line, files.__file__):
+            save(tmp_path / name)
+        assert contents(tmp_path) in ({name: old}, {name: new})
+        seen.add(contents(tmp_path)[name])
+    assert seen == {old, new}
+    for line in range(1, len(lines) + 1):  # and where there was none
+        (tmp_path / name).unlink(missing_ok=True)
+        with pytest.raises(KeyboardInterrupt), interrupt_at(line, files.__file__):
+            save(tmp_path / name)
+        assert contents(tmp_path) in ({}, {name: new})
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_run_interrupted_at_any_of_its_files_goes_on(
+    llama: Twins, experiment: tv.Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    whole = 1 + 2 * len(TASKS)  # the settings, and a vector and a result for each task
+    for at in range(1, whole + 1):
+        folder = tmp_path / f"run {at}"
+        with monkeypatch.context() as patched:
+            patched.setattr(os, step, interrupting(getattr(os, step), at))
+            with pytest.raises(KeyboardInterrupt):
+                tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder)
+        assert len(contents(folder)) == at - 1
+        for path in folder.iterdir():
+            if path.suffix == ".safetensors":
+                tv.TaskVectors.load(path)
+            else:
+                assert path.suffix == ".json"
+                files.from_json(path.read_bytes())
+        assert tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder) == experiment
+        assert len(contents(folder)) == whole
