@@ -407,7 +407,9 @@ def test_half_characters_survive_saving(tmp_path: Path) -> None:
     """A function may answer with anything, and an hour's work is not lost for it."""
     [result], text = experiment().results, "\ud800 and \\ud800 and 🦊"
     score = Score((text, "b"), (text, "B"), (True, False))
-    odd = TaskResult("t", "", Sweep((1,), (score,)), Evaluation(1, score, score, score, {}), None, (text,), (text,))
+    odd = TaskResult(
+        "t", "", Sweep((1,), (score,)), Evaluation(1, score, score, score, {}), None, (text, text), (text, text)
+    )
     Experiment(experiment().settings, (odd, result)).save(tmp_path / "e.json")
     (tmp_path / "e.json").read_bytes().decode("utf-8")
     assert tv.Experiment.load(tmp_path / "e.json").results == (odd, result)

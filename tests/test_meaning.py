@@ -105,8 +105,10 @@ def test_wrong_use_of_similarity_says_what_to_do() -> None:
         tv.similarity(a, a, 1)
     with pytest.raises(ValueError, match="layer 2 is not one of tiny"):
         tv.similarity(a, a, 2)
-    with pytest.raises(ValueError, match=r"wide \(2 layers, d_model 3\) and tiny has 2 layers, d_model 2"):
+    with pytest.raises(ValueError, match=r"tiny \(2 layers, d_model 2\) and of wide \(2 layers, d_model 3\) do not go"):
         tv.similarity(a, vectors_of("b", [[1.0, 0.0, 0.0]], "wide"), 1)
+    with pytest.raises(ValueError, match="tiny .* and of other .* do not go together"):
+        tv.similarity(a, vectors_of("b", [[1.0, 0.0]], "other"), 1)
 
 
 def test_tasks_are_compared_within_and_between() -> None:
@@ -167,6 +169,8 @@ def test_single_vectors_have_nothing_within() -> None:
     assert (found.within, found.between, found.p_value) == (None, 0.0, None)
     assert "within tasks none, between tasks 0.00" in str(found)
     assert "nan" not in found._repr_html_().lower()
+    named = tv.compare_tasks([vectors_of("task", [[1.0, 0.0]]), vectors_of("other", [[0.0, 1.0]])], 1)
+    assert named._repr_html_().count(">task<") == 2  # a column and a row
 
 
 def test_wrong_use_of_a_comparison_says_what_to_do(as_users_run_it: None) -> None:
@@ -180,6 +184,8 @@ def test_wrong_use_of_a_comparison_says_what_to_do(as_users_run_it: None) -> Non
             call([], 1)  # type: ignore[operator]
         with pytest.raises(ValueError, match="wide"):
             call([a, vectors_of("b", [[1.0, 2.0, 3.0]], "wide")], 1)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="all 3 vectors are the same"):
+        tv.map_vectors([vectors_of("a", [[1.0, 0.0]] * 3)], 1)
     with pytest.raises(ValueError, match="2 vectors make no map"):
         tv.map_vectors([vectors_of("a", [[1.0, 0.0], [0.0, 1.0]])], 1)
     with pytest.raises(ValueError, match="perplexity is 15 and there are 3 vectors"):

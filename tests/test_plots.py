@@ -63,8 +63,10 @@ def test_every_figure_names_its_axes_and_escapes_text(name: str) -> None:
     assert figure.layout.xaxis.title.text
     assert figure.layout.yaxis.title.text
     # What a task is called is nobody's markup, and no template for what is shown under the pointer.
-    assert "<script>" not in figure.to_json()
-    assert "%{x}</" not in figure.to_json()
+    whole = str(figure.to_dict())
+    assert "<script>" not in whole
+    assert "%{x}&lt;" not in whole
+    assert (SHOWN in whole) == (name not in ("sweep", "evaluation"))  # which name no task
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -132,7 +134,7 @@ def test_a_conflict_is_scored_as_either_task() -> None:
     figure = CONFLICT.plot()
     assert trace(figure, "as it is").y == (0.9, 0.0)
     assert trace(figure, "with the vector written in").y == (0.3, 0.7)
-    assert trace(figure, "as it is").x == (f"answers right for<br>{SHOWN}", "answers right for<br>rival")
+    assert trace(figure, "as it is").x == (f"the demonstrated task,<br>{SHOWN}", "the vector's task,<br>rival")
 
 
 def test_a_heat_map_holds_mean_cosines_and_leaves_out_what_is_not_there() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from test_cli import call
 
 import tv_lens as tv
 
+PLAIN = "Braces {{ }} %{x}"
 EVIL = "up<script>document.title = 'run'</script>"
 OUTPUT = "<script>document.title=1</script>"
 
@@ -29,9 +32,7 @@ def experiment() -> tv.Experiment:
         lambda prediction, answer: len(prediction) % 2 == 1,
         category="</script><b>",
     )
-    plain = tv.Task(
-        "{{ braces }} %{x}", words, lambda text: text * 2, lambda prediction, answer: len(prediction) % 3 == 1
-    )
+    plain = tv.Task(PLAIN, words, lambda text: text * 2, lambda prediction, answer: len(prediction) % 3 == 1)
     return tv.run_experiment(
         make_twins("llama").bridge, [evil, plain], shots=2, n_dev=6, n_test=16, max_new_tokens=3, seed=2
     )
@@ -72,12 +73,12 @@ def test_it_opens_without_an_error_and_draws(browser: Any, page: Path, experimen
     browser.get(page.as_uri())
     assert browser.get_log("browser") == []
     assert browser.title == "Task vectors of tiny-llama"  # no text was run as a script
-    assert texts(browser, "#results tbody tr td:first-child") == [EVIL, "{{ braces }} %{x}"]
+    assert texts(browser, "#results tbody tr td:first-child") == [EVIL, PLAIN]
     cells = texts(browser, "#results tbody tr:first-child td")
     found = experiment.results[0].evaluation
     assert cells[1] == "</script><b>"
     assert cells[2:6] == ["16", str(found.zero_shot), str(found.few_shot), str(found.patched)]
-    assert set(texts(browser, "[data-figure=overview] .ytick text")) == {EVIL, "{{ braces }} %{x}"}
+    assert set(texts(browser, "[data-figure=overview] .ytick text")) == {EVIL, PLAIN}
     assert len(browser.find_elements("css selector", "[data-figure=overview] .barlayer .point")) == 6
     # Nothing is fetched: what could be is written in the page.
     fetched = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
@@ -88,12 +89,16 @@ def test_it_opens_without_an_error_and_draws(browser: Any, page: Path, experimen
 def test_the_table_sorts_both_ways(browser: Any, page: Path, experiment: tv.Experiment, column: str) -> None:
     browser.get(page.as_uri())
     key = {
-        "task": lambda result: result.task.lstrip("{ "),
+        "task": lambda result: result.task,  # B before u in every language
         "zero-shot": lambda result: result.evaluation.zero_shot.accuracy,
         "patched": lambda result: result.evaluation.patched.accuracy,
         "p": lambda result: result.evaluation.p_value,
     }[column]
     up = [result.task for result in sorted(experiment.results, key=key)]
+
+    def key_of(names: list[str]) -> list[Any]:
+        return [key(next(result for result in experiment.results if result.task == name)) for name in names]
+
     [heading] = [
         each for each in browser.find_elements("css selector", "#results th") if each.text.split(" ")[0] == column
     ]
@@ -101,10 +106,7 @@ def test_the_table_sorts_both_ways(browser: Any, page: Path, experiment: tv.Expe
         heading.find_element("css selector", "button").click()
         assert heading.get_attribute("aria-sort") == direction
         shown = texts(browser, "#results tbody td:first-child")
-        if column != "task":  # names are ordered as the browser's language has it
-            values = [key(next(r for r in experiment.results if r.task == name)) for name in shown]
-            assert values == sorted(values, reverse=direction == "descending")
-        assert sorted(shown) == sorted(expected)
+        assert key_of(shown) == key_of(expected)  # which of two equal ones comes first is no matter
     assert browser.get_log("browser") == []
 
 
@@ -131,34 +133,59 @@ def test_a_task_opens_with_its_figure_and_answers(browser: Any, page: Path, expe
     assert browser.get_log("browser") == []
 
 
-def test_the_page_says_how_to_repeat_the_run(page: Path, experiment: tv.Experiment) -> None:
-    from html import unescape
+SETTINGS = {
+    "as it comes": {},
+    "across, some layers, another template": {
+        "across": True,
+        "layers": [1, 3],
+        "template": tv.Template("Q: {input}\nA: {output}<b>", "\n\n"),
+        "substitutes": 3,
+    },
+    "first token": {"max_new_tokens": 1, "seed": 4},
+}
 
-    text = unescape(page.read_text(encoding="utf-8"))
+
+@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
+def test_the_page_says_how_to_repeat_the_run(changes: dict[str, Any], tmp_path: Path) -> None:
+    """The code on the page is run, and gives the same results again."""
+    model = make_twins("gpt2").bridge
+    own = tv.Task("own", tuple("bcdfghjklmnpqrstvwxz"), str.upper)
+    library = tv.library()
+    tasks = [library["to_upper"], replace(library["to_lower"], accepts=tv.exact_match), own]
+    engine = tv.LocalEngine(model, prepend_bos=False)
+    small: dict[str, Any] = {"shots": 2, "n_dev": 6, "n_test": 6, "max_new_tokens": 2, **changes}
+    experiment = tv.run_experiment(engine, tasks, **small)
+    experiment.report(tmp_path / "report.html")
+    text = unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
     code = text.split('<pre id="repeat">')[1].split("</pre>")[0]
-    called: dict[str, Any] = {}
-
-    class Fake:
-        """Stands in for the names that the code imports."""
-
-        TransformerBridge = boot_transformers = LocalEngine = Template = property(lambda self: self)
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return self
-
-        def library(self) -> dict[str, str]:
-            return {result.task: result.task for result in experiment.results}
-
-        def run_experiment(self, engine: Any, tasks: list[str], **settings: Any) -> None:
-            called.update(settings, tasks=tasks)
-
-    lines = [line for line in code.splitlines() if not line.startswith("import")]
-    exec("\n".join(lines), {"transformer_lens": Fake(), "tv": Fake()})  # the page's own code, from the line above
-    assert called["tasks"] == list(experiment.settings["tasks"])
-    for name in ("shots", "n_dev", "n_test", "seed", "substitutes", "max_new_tokens"):
-        assert called[name] == experiment.settings[name]
+    assert "tv.library()['to_upper']" in code
+    if "max_new_tokens" not in changes:  # which has a rule of its own
+        assert "replace(tv.library()['to_lower'], accepts=tv.exact_match)" in code
+    assert "TransformerBridge.boot_transformers('tiny-gpt2', dtype=torch.float32)" in code
+    # What only the one who ran it can fill in: tasks of one's own, and a model that is on no hub.
+    code = code.replace("own = {} ", "own = given ").replace("transformer_lens.TransformerBridge.boot_", "given_")
+    found: dict[str, Any] = {"given": {"own": own}, "given_transformers": lambda name, dtype: model}
+    exec(code, found)
+    assert found["experiment"].settings == experiment.settings
+    assert found["experiment"].results == experiment.results
     for name, number in experiment.settings["versions"].items():
         assert f"<dt>{name}</dt><dd>{number}</dd>" in text
+    assert f"<dd>{experiment.settings['template']['example']!r}, between demonstrations" in text
+
+
+def test_results_of_before_are_shown_or_refused(experiment: tv.Experiment, tmp_path: Path) -> None:
+    """Without queries the prompts stand for them; without settings there is nothing to tell."""
+    older = replace(experiment, results=tuple(replace(result, queries=()) for result in experiment.results))
+    older.report(tmp_path / "older.html")
+    assert escape(experiment.results[0].test_prompts[0], quote=False) in unescape_quotes(tmp_path / "older.html")
+    without = {name: value for name, value in experiment.settings.items() if name not in ("layers", "rules")}
+    with pytest.raises(ValueError, match="lack the settings rules, layers"):
+        replace(experiment, settings=without).report(tmp_path / "none.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["older.html"]
+
+
+def unescape_quotes(path: Path) -> str:
+    return path.read_text(encoding="utf-8").replace("&#39;", "'").replace("&#34;", '"')
 
 
 def test_the_page_needs_nothing_beside_it(page: Path) -> None:

@@ -178,8 +178,9 @@ def test_what_arithmetic_makes_says_what_it_was_made_of(tmp_path: Path) -> None:
     made_of = A.mean() + 0.5 * (B.mean() - A.mean())
     assert made_of.task == "a + (0.5 * (b - a))"
     assert made_of.method == "mean of extract + (0.5 * (mean of extract - mean of extract))"
-    assert made_of.prompts == ("a 0", "a 1", "b 0", "b 1", "a 0", "a 1")
-    assert made_of.substitutes == (("s0",), ("s1",)) * 3
+    assert made_of.prompts == ("a 0", "a 1", "b 0", "b 1")  # each once
+    assert made_of.substitutes == (("s0",), ("s1",)) * 2
+    assert (A * 0.12345678).task == "0.12345678 * a"
     assert (made_of.model, made_of.template, made_of.versions) == ("tiny", Template(), {"torch": "1"})
     assert (A - B).mean().method == "mean of (extract - extract)"
     made_of.save(tmp_path / "v.safetensors")
@@ -194,6 +195,7 @@ def test_what_two_sides_do_not_share_is_not_claimed() -> None:
         assert (joined.template, joined.prepend_bos) == (None, None)
         assert joined.versions == {"torch": "1 and 2", "numpy": "3"}
         assert joined.substitutes == (("s0",), ("s1",), (), ())  # still a row for each prompt
+    assert (A + 0.5 * (other - A)).versions["torch"] == "1 and 2"
 
 
 def test_wrong_arithmetic_says_what_to_do(as_users_run_it: None) -> None:

@@ -6,7 +6,6 @@ patched (vector of the task)  against  zero-shot, a random vector, another task'
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +21,7 @@ from tv_lens.files import from_json, to_json, write_whole
 from tv_lens.generation import answer_all, answer_side_by_side, check_new_tokens, check_patching, patch_for
 from tv_lens.prompts import PAPER, Example, Prompt, Template, check_prompts
 from tv_lens.tables import to_html
-from tv_lens.tasks import Task, first_token
+from tv_lens.tasks import Task, fingerprint, first_token
 from tv_lens.vectors import TaskVectors, check_layer, depth, versions
 
 if TYPE_CHECKING:
@@ -419,8 +418,8 @@ def conflict(
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What an experiment found for one task: the sweep on dev prompts, the evaluation on test prompts, and those
-    prompts' texts.
+    """What an experiment found for one task: the sweep on dev prompts, the evaluation on test prompts, those
+    prompts' texts, and the test prompts' queries.
     """
 
     task: str
@@ -430,6 +429,7 @@ class TaskResult:
     other_task: str | None
     dev_prompts: tuple[str, ...]
     test_prompts: tuple[str, ...]
+    queries: tuple[str, ...] = ()
 
     def plot(self) -> go.Figure:
         """The sweep on dev prompts, beside the zero-shot and few-shot accuracy on test prompts."""
@@ -575,8 +575,8 @@ def run_experiment(
     interrupted.
 
     Raises:
-        ValueError: no tasks or two of one name, too few inputs, or a folder of another run; the message says
-            which settings differ.
+        ValueError: no tasks or two of one name, too few inputs, fewer than one substitute, or a folder of another
+            run; the message says which settings differ.
     """
     engine = engine_for(model)
     names = [task.name for task in tasks]
@@ -588,19 +588,23 @@ def run_experiment(
     halves = [_Halves(task, shots, n_dev, n_test, seed, template) for task in tasks]  # too few inputs show here
     settings = {
         "model": engine_name(engine),
+        "engine": type(engine).__name__,
         "dtype": getattr(engine, "dtype", None),
         "n_layers": engine.n_layers,
         "d_model": engine.d_model,
         "prepend_bos": getattr(engine, "prepend_bos", None),
         "tasks": names,
-        "data": {task.name: _fingerprint(task) for task in tasks},
-        "rules": {task.name: getattr(task.accepts, "__name__", repr(task.accepts)) for task in tasks},
+        "data": {task.name: fingerprint(task) for task in tasks},
+        "rules": {
+            task.name: "first_token" if max_new_tokens == 1 else getattr(task.accepts, "__name__", repr(task.accepts))
+            for task in tasks
+        },
         "shots": shots,
         "n_dev": n_dev,
         "n_test": n_test,
         "seed": seed,
         "method": "extract_across" if across else "extract",
-        "substitutes": 0 if across else substitutes,
+        "substitutes": substitutes,  # across prompts too, as the shuffled control is read with them
         "template": asdict(template),
         "max_new_tokens": max_new_tokens,
         "scoring": "first token" if max_new_tokens == 1 else "full answer",
@@ -633,7 +637,7 @@ def run_experiment(
                 controls = {"other task": vector_of(other)} if other != i else {}
                 if shots > 1:
                     mixed = shuffle_outputs(half.dev_prompts, seed)
-                    asked = half.dev.substitutes(mixed, max(1, substitutes), seed=seed)
+                    asked = half.dev.substitutes(mixed, substitutes, seed=seed)
                     controls["shuffled"] = extract(engine, mixed, asked).mean()
                 evaluation = evaluate(
                     engine,
@@ -654,6 +658,7 @@ def run_experiment(
                         names[other] if other != i else None,
                         tuple(prompt.text for prompt in half.dev_prompts),
                         tuple(prompt.text for prompt in half.test_prompts),
+                        tuple(prompt.query for prompt in half.test_prompts),
                     )
                 )
             shown.update()
@@ -722,11 +727,6 @@ class _Kept:
         return self.folder / f"task-{plain}{mark}.{kind}"
 
 
-def _fingerprint(task: Task) -> str:
-    pairs = [(text, task.answer(text), *task.accepted.get(task.answer(text), ())) for text in task.inputs]
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
-
-
 def _read_result(path: Path, task: str) -> TaskResult:
     try:
         result = _result(from_json(path.read_bytes()))
@@ -786,4 +786,10 @@ def _result(data: Mapping[str, Any]) -> TaskResult:
     if not (isinstance(task, str) and isinstance(category, str) and (other is None or isinstance(other, str))):
         raise ValueError("task, category and other_task are texts")
     dev, test = _list_of(str, data["dev_prompts"]), _list_of(str, data["test_prompts"])
-    return TaskResult(task, category, sweep, evaluation, other, dev, test)
+    queries = _list_of(str, data.get("queries", []))
+    n_dev, n_test = len(sweep.scores[0].correct), len(evaluation.patched.correct)
+    if (len(dev), len(test)) != (n_dev, n_test) or len(queries) not in (0, n_test):
+        raise ValueError(
+            f"{len(dev)} dev and {len(test)} test prompts, {len(queries)} queries, for {n_dev} and {n_test} answers"
+        )
+    return TaskResult(task, category, sweep, evaluation, other, dev, test, queries)

@@ -110,8 +110,8 @@ def patch_generate(
     paper's first-token protocol.
 
     Raises:
-        ValueError: no prompts, vectors of another model or another number, a layer out of range, a prompt that
-            leaves no room for the new tokens, or a remote model booted without what patching needs.
+        ValueError: no prompts, vectors of other sizes than the model's or another number, a layer out of range, a
+            prompt that leaves no room for the new tokens, or a remote model booted without what patching needs.
     """
     engine = engine_for(model)
     check_prompts(prompts)
@@ -145,7 +145,8 @@ def patch_for(engine: Engine, n: int, vectors: TaskVectors, layer: int | Sequenc
     """What to write into each of `n` rows, checked against the model.
 
     Raises:
-        ValueError: vectors of another model or another number, a layer out of range, or an engine that cannot write.
+        ValueError: vectors of other sizes than the model's or another number, a layer out of range, or an engine that
+            cannot write.
     """
     name = engine_name(engine)
     check_patching(engine)

@@ -73,7 +73,7 @@ def top_tokens(model: Any, vectors: TaskVectors, layer: int, k: int = 10) -> Top
     as if the model stopped there (Hendel et al. 2023, section 6). For the task's, ask of `vectors.mean()`.
 
     Raises:
-        ValueError: vectors of another model, a layer out of range, or `k` out of range.
+        ValueError: vectors of other sizes than the model's, a layer out of range, or `k` out of range.
         TypeError: an engine whose unembedding cannot be had, such as a remote one.
     """
     engine = engine_for(model)
@@ -106,7 +106,7 @@ def similarity(a: TaskVectors, b: TaskVectors, layer: int) -> Float[Tensor, "a b
     Raises:
         ValueError: vectors of different models, a layer out of range, or a vector of zeros, which points nowhere.
     """
-    b.check_fits(a.model, a.n_layers, a.d_model)
+    a.check_same_model(b)
     for each in (a, b):
         zero = (each.at(layer).norm(dim=-1) == 0).nonzero()
         if len(zero):
@@ -148,11 +148,15 @@ class Similarities:
             return None
         from scipy.stats import permutation_test
 
-        cosines, other = self.cosines.double().numpy(), ~torch.eye(len(self.owners), dtype=torch.bool).numpy()
+        cosines = self.cosines.double().fill_diagonal_(0).numpy()  # no vector is compared with itself
+        kinds, total, n = sorted(set(self.owners)), float(cosines.sum()), len(self.owners)
+        pairs_within = int(self._same.sum()) - n
+        pairs_between = n * n - n - pairs_within
 
         def gap(owners: np.ndarray[Any, Any]) -> float:
-            same = owners[:, None] == owners[None, :]
-            return float(cosines[same & other].mean() - cosines[~same].mean())
+            member = (owners[:, None] == kinds).astype(float)  # vector by task
+            same = float((member * (cosines @ member)).sum())
+            return same / pairs_within - (total - same) / pairs_between
 
         found = permutation_test(
             ([float(owner) for owner in self.owners],),
@@ -217,7 +221,9 @@ class Similarities:
         return f"{place(self.layer, self.n_layers)}: mean cosine within tasks {within}, between tasks {between}{p}"
 
     def _repr_html_(self) -> str:
-        return to_html(self.matrix().rename_axis(None, axis=1).reset_index(), str(self))
+        table = self.matrix()
+        table.insert(0, "", table.index)  # "" as a task may be called "task"
+        return to_html(table, str(self))
 
 
 def compare_tasks(vectors: Sequence[TaskVectors], layer: int) -> Similarities:
@@ -268,6 +274,8 @@ def pca(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], tuple[str, st
     far as the axes' share of the variance goes.
     """
     found = _sklearn("decomposition").PCA(n_components=2, svd_solver="full")
+    if not rows.var(axis=0).any():
+        raise ValueError(f"all {len(rows)} vectors are the same, so there is nothing to lay out; map other ones")
     points = found.fit_transform(rows)
     first, second = found.explained_variance_ratio_
     return points, (f"component 1 ({first:.0%} of the variance)", f"component 2 ({second:.0%})")
@@ -313,7 +321,7 @@ def _names(vectors: Sequence[TaskVectors]) -> tuple[str, ...]:
     if sum(map(len, vectors)) < 2 or len(set(names)) < len(names):
         raise ValueError(f"tasks are {list(names)}; give two vectors or more, each task once and by a name of its own")
     for each in vectors:
-        each.check_fits(vectors[0].model, vectors[0].n_layers, vectors[0].d_model)
+        vectors[0].check_same_model(each)
     return names
 
 

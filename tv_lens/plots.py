@@ -161,7 +161,7 @@ def plot_conflict(conflict: Conflict) -> go.Figure:
         f"Demonstrations of {conflict.task}, vector of {conflict.rival}: what is answered?",
         f"the vector at {place(conflict.layer, conflict.n_layers)}",
     )
-    as_what = [f"answers right for<br>{_text(name)}" for name in (conflict.task, conflict.rival)]
+    as_what = [f"the demonstrated task,<br>{_text(conflict.task)}", f"the vector's task,<br>{_text(conflict.rival)}"]
     plain, patched = "as it is", "with the vector written in"
     for name, look, scores in (
         (plain, "few-shot", [conflict.plain_task, conflict.plain_rival]),
@@ -169,7 +169,7 @@ def plot_conflict(conflict: Conflict) -> go.Figure:
     ):
         figure.add_bar(**_bars(as_what, scores, name, *_LOOKS[look]))
     figure.update_layout(barmode="group", bargap=0.35)
-    figure.update_xaxes(title="scored as", type="category")
+    figure.update_xaxes(title="answers scored as", type="category")
     _accuracy_axis(figure, "y")
     return figure
 

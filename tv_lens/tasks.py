@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import io
 import json
 import random
@@ -286,6 +287,12 @@ class Task:
         # Keyed by text, which `random` hashes with SHA-512: one seed for everything draws independently
         # for each purpose, and PYTHONHASHSEED has no say.
         return random.Random(f"{purpose}:{self.name}:{seed}")
+
+
+def fingerprint(task: Task) -> str:
+    """Tells whether two tasks have the same pairs and alternatives, in the same order."""
+    pairs = [(text, task.answer(text), *task.accepted.get(task.answer(text), ())) for text in task.inputs]
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
 def _is_text(value: object) -> bool:

@@ -138,8 +138,8 @@ class TaskVectors:
         return replace(
             self,
             values=self.values * factor,
-            task=f"{factor:g} * {_term(self.task)}",
-            method=f"{factor:g} * {_term(self.method)}",
+            task=f"{factor} * {_term(self.task)}",
+            method=f"{factor} * {_term(self.method)}",
         )
 
     __rmul__ = __mul__
@@ -149,33 +149,26 @@ class TaskVectors:
         return self * -1
 
     def _joined(self, other: TaskVectors, sign: str) -> TaskVectors:
-        if self.model != other.model or self.values.shape[1:] != other.values.shape[1:]:
-            raise ValueError(
-                f"vectors of {self.model} ({self.n_layers} layers, d_model {self.d_model}) and of {other.model} "
-                f"({other.n_layers} layers, d_model {other.d_model}) do not go together: each model has a residual "
-                "stream of its own; extract both from one model"
-            )
+        self.check_same_model(other)
         if len(self) != len(other) and 1 not in (len(self), len(other)):
             raise ValueError(
                 f"{len(self)} and {len(other)} vectors cannot be paired; take as many prompts for both, or the "
                 "mean() of one side"
             )
+        # Each prompt once, with its substitutes, also where one side was read without any.
+        read = list(
+            dict.fromkeys(pair for each in (self, other) for pair in zip(each.prompts, _rows(each), strict=True))
+        )
         return TaskVectors(
             self.values + other.values if sign == "+" else self.values - other.values,
             model=self.model,
             task=f"{_term(self.task)} {sign} {_term(other.task)}",
             template=self.template if self.template == other.template else None,
-            prompts=self.prompts + other.prompts,
-            # A row for each prompt, also where one side was read without substitutes.
-            substitutes=_rows(self) + _rows(other) if self.substitutes or other.substitutes else (),
+            prompts=tuple(prompt for prompt, _ in read),
+            substitutes=tuple(queries for _, queries in read) if self.substitutes or other.substitutes else (),
             method=f"{_term(self.method)} {sign} {_term(other.method)}",
             prepend_bos=self.prepend_bos if self.prepend_bos == other.prepend_bos else None,
-            versions={
-                name: " and ".join(
-                    dict.fromkeys(each.versions[name] for each in (self, other) if name in each.versions)
-                )
-                for name in {**self.versions, **other.versions}
-            },
+            versions={name: _both(name, self.versions, other.versions) for name in {**self.versions, **other.versions}},
         )
 
     def to_pandas(self) -> pd.DataFrame:
@@ -281,7 +274,8 @@ class TaskVectors:
         none, and give its commit's address. `token` is by default the one of `hf auth login`.
 
         Raises:
-            OSError: the hub cannot be reached, or does not let you write there; the message is huggingface_hub's.
+            OSError: the hub refuses (huggingface_hub's HfHubHTTPError), or HF_HUB_OFFLINE is set.
+            Exception: where the hub cannot be reached, that of huggingface_hub's HTTP client.
         """
         from huggingface_hub import HfApi
 
@@ -309,6 +303,15 @@ class TaskVectors:
         from huggingface_hub import hf_hub_download
 
         return cls.load(hf_hub_download(repo_id, filename, revision=revision, token=token))
+
+    def check_same_model(self, other: TaskVectors) -> None:
+        """Raises ValueError where the others were read from another model: each has a residual stream of its own."""
+        if self.model != other.model or self.values.shape[1:] != other.values.shape[1:]:
+            raise ValueError(
+                f"vectors of {self.model} ({self.n_layers} layers, d_model {self.d_model}) and of {other.model} "
+                f"({other.n_layers} layers, d_model {other.d_model}) do not go together: each model has a residual "
+                "stream of its own; extract both from one model"
+            )
 
     def check_fits(self, model: str, n_layers: int, d_model: int) -> None:
         """Raises ValueError where the vectors cannot be of that model: another depth or another width."""
@@ -369,6 +372,13 @@ def place(layer: int, n_layers: int | None) -> str:
 def _term(text: str) -> str:
     """A formula as part of a larger one."""
     return f"({text})" if re.search(r" [-+*] ", text) else text
+
+
+def _both(name: str, one: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """The version of a package, or all that are known."""
+    return " and ".join(
+        dict.fromkeys(number for each in (one, other) if name in each for number in each[name].split(" and "))
+    )
 
 
 def _rows(vectors: TaskVectors) -> tuple[tuple[str, ...], ...]:
