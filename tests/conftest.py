@@ -58,6 +58,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 4, "n_head": 4}),
     "mpt": ("MptConfig", {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 128}),
     "mistral": ("MistralConfig", _ROTARY | {"sliding_window": 6}),
+    "lfm2": ("Lfm2Config", _ROTARY | {"layer_types": ["conv", "full_attention"] * 2}),
     "qwen3_next": (
         "Qwen3NextConfig",
         _ROTARY

@@ -471,3 +471,53 @@ def test_the_real_effect_beats_its_controls(demo: TransformerBridge) -> None:
     assert clash.plain_rival.accuracy <= 0.1
     assert clash.patched_task.accuracy <= 0.1
     assert clash.patched_rival.accuracy >= 0.7
+
+
+def test_shuffled_demonstrations_are_as_wrong_as_can_be() -> None:
+    """By hand: of a a b c none need be right; of a a a b one a must take an a."""
+    for outputs, least in (("aabc", 0), ("aaab", 2), ("aabb", 0), ("aaaa", 4), ("abcde", 0), ("aabbc", 0)):
+        examples = tuple(tv.Example(str(i), output) for i, output in enumerate(outputs))
+        kept = set()
+        for seed in range(20):
+            [mixed] = tv.shuffle_outputs([Prompt(examples, "q")], seed)
+            assert sorted(each.output for each in mixed.examples) == sorted(outputs)
+            kept.add(sum(a == b for a, b in zip(mixed.examples, examples, strict=True)))
+        assert kept == {least}, outputs
+
+
+def test_vectors_of_another_number_are_refused_by_an_evaluation(gpt2: Twins, as_users_run_it: None) -> None:
+    gpt2.bridge.original_model.register_forward_pre_hook(refuse)
+    prompts = WORDS.sample(5, shots=2, seed=0)
+    with pytest.raises(ValueError, match="3 vectors for 5 prompts"):
+        tv.evaluate(gpt2.bridge, WORDS, prompts, TaskVectors(torch.ones(3, 4, 32), "m", "t"), 1)
+    with pytest.raises(ValueError, match="vectors are a Tensor"):
+        tv.evaluate(gpt2.bridge, WORDS, prompts, torch.ones(1, 32), 1)  # type: ignore[arg-type]
+
+
+FEW: dict[str, Any] = {"shots": 2, "n_dev": 4, "n_test": 4, "max_new_tokens": 2}
+
+
+def test_a_folder_is_of_one_models_weights(tmp_path: Path) -> None:
+    """Two models may have one name; their results are not each other's."""
+    tv.run_experiment(make_twins("gpt2", seed=0).bridge, [WORDS], folder=tmp_path, **FEW)
+    with pytest.raises(ValueError, match="other settings .weights was [0-9a-f]{16}, is [0-9a-f]{16}"):
+        tv.run_experiment(make_twins("gpt2", seed=1).bridge, [WORDS], folder=tmp_path, **FEW)
+
+
+def test_a_folder_is_of_one_rule(gpt2: Twins, tmp_path: Path) -> None:
+    """Two lambdas have one name."""
+    yes, no = (replace(WORDS, accepts=rule) for rule in (lambda p, a: True, lambda p, a: False))
+    found = tv.run_experiment(gpt2.bridge, [yes], folder=tmp_path, **FEW)
+    assert found.results[0].evaluation.patched.accuracy == 1
+    with pytest.raises(ValueError, match="other settings .rules was"):
+        tv.run_experiment(gpt2.bridge, [no], folder=tmp_path, **FEW)
+
+
+def test_numpys_numbers_and_long_names_can_be_kept(gpt2: Twins, tmp_path: Path, as_users_run_it: None) -> None:
+    import numpy as np
+
+    layers, task = list(np.arange(0, 4, 2)), replace(WORDS, name="北" * 80)
+    found = tv.run_experiment(gpt2.bridge, [task], folder=tmp_path, layers=layers, seed=np.int64(1), **FEW)
+    again = tv.run_experiment(gpt2.bridge, [task], folder=tmp_path, layers=[0, 2], seed=1, **FEW)
+    assert again.results == found.results
+    assert found.results[0].sweep.layers == (0, 2)

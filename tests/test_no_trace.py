@@ -29,6 +29,8 @@ CALLS: dict[str, Callable[[Any, tv.TaskVectors], Any]] = {
     "run_experiment": lambda model, vectors: tv.run_experiment(
         model, [TASK], shots=2, n_dev=3, n_test=3, substitutes=1
     ),
+    "top_tokens": lambda model, vectors: tv.top_tokens(model, vectors, 1, k=3),
+    "first_token": lambda model, vectors: tv.first_token(model)("x", "cold"),
     "sweep_layers": lambda model, vectors: tv.sweep_layers(model, TASK, PROMPTS, vectors, max_new_tokens=2),
 }
 
@@ -99,7 +101,7 @@ def test_nothing_is_left_changed(touched: Twins, call: str) -> None:
     assert_same(before, state_of(touched))
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", sorted(CALLS.keys() - {"top_tokens", "first_token"}))  # which run no block
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_changed_when_the_model_raises(touched: Twins, call: str, error: type[BaseException]) -> None:
     def fail(module: Any, args: Any) -> None:

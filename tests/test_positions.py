@@ -84,7 +84,7 @@ def shared_tail(bridge: TransformerBridge, one: str, other: str) -> int:
     return len(a) - same
 
 
-@pytest.mark.parametrize("name", ["mistral", "mamba", "qwen3_next"])
+@pytest.mark.parametrize("name", ["mistral", "mamba", "qwen3_next", "lfm2"])
 def test_where_a_cache_cannot_be_forked_whole_prompts_are_run(name: str) -> None:
     """A sliding window shorter than the prompts, with tails of unequal length, and recurrent state: as plain hooks."""
     twins = make_twins(name)

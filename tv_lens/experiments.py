@@ -21,7 +21,7 @@ from tv_lens.files import from_json, to_json, write_whole
 from tv_lens.generation import answer_all, answer_side_by_side, check_new_tokens, check_patching, patch_for
 from tv_lens.prompts import PAPER, Example, Prompt, Template, check_prompts
 from tv_lens.tables import to_html
-from tv_lens.tasks import Task, fingerprint, first_token
+from tv_lens.tasks import Task, fingerprint, first_token, rule_name
 from tv_lens.vectors import TaskVectors, check_layer, depth, versions
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _chosen(engine: Engine, layers: Sequence[int] | None) -> Sequence[int]:
         raise ValueError(f"layers are {chosen!r}; give a list of different ones, at least one, or None for all")
     for layer in chosen:
         check_layer(layer, engine.n_layers, engine_name(engine))
-    return chosen
+    return [int(layer) for layer in chosen]  # NumPy's own are not JSON's
 
 
 @dataclass(frozen=True)
@@ -277,8 +277,9 @@ def evaluate(
     taken = {"zero-shot", "few-shot", "patched"} & set(controls or ())
     if taken:
         raise ValueError(f"controls are named {sorted(taken)}, which are conditions already; name them otherwise")
+    patch_for(engine, len(prompts), vectors, layer)
     tried = {"random": random_like(vectors, len(prompts), seed), **(controls or {})}
-    for each in (vectors, *tried.values()):  # refuses what cannot be patched before anything is run
+    for each in tried.values():  # refuses what cannot be patched before anything is run
         patch_for(engine, len(prompts), each, layer)
 
     # The longest texts go first, so that one too long is refused before the model runs.
@@ -315,7 +316,8 @@ def random_like(vectors: TaskVectors, n: int, seed: int) -> TaskVectors:
 
 
 def shuffle_outputs(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
-    """The prompts with the outputs of their demonstrations exchanged, so that none keeps its own place.
+    """The prompts with the outputs of their demonstrations exchanged, so that none keeps its own place and as few as
+    can be are right all the same: where most demonstrations of a prompt have one output, some must be.
 
     Raises:
         ValueError: a prompt with fewer than two demonstrations.
@@ -327,9 +329,24 @@ def shuffle_outputs(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
             raise ValueError(f"prompt {i} has {prompt.shots} demonstrations; outputs are exchanged among 2 or more")
         order = draw.sample(range(prompt.shots), prompt.shots)
         outputs = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle through all
+        if any(prompt.examples[j].output == prompt.examples[k].output for j, k in outputs.items()):
+            outputs = _most_wrong([example.output for example in prompt.examples], order)
         examples = [Example(each.input, prompt.examples[outputs[j]].output) for j, each in enumerate(prompt.examples)]
         mixed.append(replace(prompt, examples=tuple(examples)))
     return mixed
+
+
+def _most_wrong(outputs: Sequence[str], order: Sequence[int]) -> dict[int, int]:
+    """Whose output each takes, so that the fewest are equal to their own and, of these, none is its own; which of
+    the many such exchanges it is goes by `order`.
+    """
+    import numpy as np
+    from scipy.optimize import linear_sum_assignment
+
+    n = len(outputs)
+    cost = np.array([[(outputs[j] == outputs[k]) + (j == k) / (n + 1) for k in order] for j in order])
+    rows, columns = linear_sum_assignment(cost)
+    return {order[row]: order[column] for row, column in zip(rows.tolist(), columns.tolist(), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -584,21 +601,19 @@ def run_experiment(
         raise ValueError(f"tasks are {names}; give at least one, each with a name of its own")
     check_new_tokens(engine, max_new_tokens)
     check_patching(engine)
-    chosen = _chosen(engine, layers)
+    chosen, seed = _chosen(engine, layers), int(seed)
     halves = [_Halves(task, shots, n_dev, n_test, seed, template) for task in tasks]  # too few inputs show here
     settings = {
         "model": engine_name(engine),
         "engine": type(engine).__name__,
+        "weights": getattr(engine, "weights", None),
         "dtype": getattr(engine, "dtype", None),
         "n_layers": engine.n_layers,
         "d_model": engine.d_model,
         "prepend_bos": getattr(engine, "prepend_bos", None),
         "tasks": names,
         "data": {task.name: fingerprint(task) for task in tasks},
-        "rules": {
-            task.name: "first_token" if max_new_tokens == 1 else getattr(task.accepts, "__name__", repr(task.accepts))
-            for task in tasks
-        },
+        "rules": {task.name: "first_token" if max_new_tokens == 1 else rule_name(task.accepts) for task in tasks},
         "shots": shots,
         "n_dev": n_dev,
         "n_test": n_test,
@@ -608,7 +623,7 @@ def run_experiment(
         "template": asdict(template),
         "max_new_tokens": max_new_tokens,
         "scoring": "first token" if max_new_tokens == 1 else "full answer",
-        "layers": [int(layer) for layer in chosen],
+        "layers": chosen,
         "versions": versions(),
     }
     kept = _Kept(None if folder is None else Path(folder), settings)
@@ -722,7 +737,8 @@ class _Kept:
     def _path(self, name: str, kind: str) -> Path:
         assert self.folder is not None
         # A task's name may hold what a file's may not; the digest keeps two such names apart.
-        plain = "".join(char if char.isalnum() or char in "-_" else "_" for char in name)[:80]
+        plain = "".join(char if char.isalnum() or char in "-_" else "_" for char in name)
+        plain = plain.encode()[:80].decode(errors="ignore")  # file systems count bytes
         mark = "" if plain == name else "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
         return self.folder / f"task-{plain}{mark}.{kind}"
 

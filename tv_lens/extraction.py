@@ -47,20 +47,23 @@ def extract_across(model: Any, prompts: Sequence[Prompt]) -> TaskVectors:
     """
     engine = engine_for(model)
     check_prompts(prompts)
-    used = [{prompt.query, *(example.input for example in prompt.examples)} for prompt in prompts]
-
-    def others(i: int) -> list[int]:  # listed anew for each, as all lists together grow with the square
-        return [j for j, texts in enumerate(used) if j != i and prompts[i].query not in texts]
-
-    for i in range(len(prompts)):
-        if not others(i):
+    knowing: dict[str, list[int]] = {}  # which prompts show or ask an input, each prompt's own query among them
+    for i, prompt in enumerate(prompts):
+        for text in {prompt.query, *(example.input for example in prompt.examples)}:
+            knowing.setdefault(text, []).append(i)
+    for i, prompt in enumerate(prompts):
+        if len(knowing[prompt.query]) == len(prompts):
             raise ValueError(
-                f"prompt {i}: every other prompt shows or asks {prompts[i].query!r}, so no vector is left to "
+                f"prompt {i}: every other prompt shows or asks {prompt.query!r}, so no vector is left to "
                 "average; sample more prompts or more inputs"
             )
     read = torch.empty(len(prompts), engine.n_layers, engine.d_model)
     run_all(engine, [[prompt.text] for prompt in prompts], _reading_into(read, engine))
-    means = torch.stack([read[others(i)].mean(dim=0) for i in range(len(prompts))])
+    total, means = read.sum(dim=0, dtype=torch.float64), torch.empty_like(read)
+    for i, prompt in enumerate(prompts):
+        left_out = knowing[prompt.query]
+        rest = total - read[left_out].sum(dim=0, dtype=torch.float64)
+        means[i] = rest / (len(prompts) - len(left_out))
     return _vectors(engine, means, prompts, (), "extract_across")
 
 

@@ -295,6 +295,20 @@ def fingerprint(task: Task) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
+def rule_name(rule: Accepts) -> str:
+    """What a rule is called in settings: its name, and for rules that are not tv_lens's own a digest of their code, as
+    two lambdas have one name.
+    """
+    code = getattr(rule, "__code__", None)
+    if code is None:
+        return type(rule).__qualname__
+    if rule.__module__ == __name__:
+        return rule.__name__
+    constants = [each for each in code.co_consts if not hasattr(each, "co_code")]
+    digest = hashlib.sha256(code.co_code + repr((constants, code.co_names)).encode()).hexdigest()[:8]
+    return f"{rule.__qualname__} {digest}"
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 

@@ -100,8 +100,8 @@ class Replay:
 class Engine(Protocol):
     """What the rest of tv_lens asks of a way to run a model.
 
-    An engine may offer more, and is asked for it where it does: `name`, `dtype` and `prepend_bos` (recorded as
-    provenance), `continues` (False where `step` gives no past), `ends` (ids that end a text), `pad` (the id that
+    An engine may offer more, and is asked for it where it does: `name`, `dtype`, `prepend_bos` and `weights` (recorded
+    as provenance), `continues` (False where `step` gives no past), `ends` (ids that end a text), `pad` (the id that
     fills ended rows), `progress`, `check_patching` (raises ValueError where nothing can be written), `shared`,
     `select`, `halve` and `readout` (see `LocalEngine`).
     """

@@ -8,11 +8,13 @@ padding.
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -75,18 +77,32 @@ class LocalEngine(BridgeEngine):
         recurrent = bool(getattr(bridge.original_model, "_is_stateful", False))
         self._masks = bool(getattr(bridge.adapter, "supports_kv_cache", True))
         self._caches = self._masks and not getattr(bridge.cfg, "is_stateful", False)
-        self._forks = self._caches and not recurrent
+        text_config = hf_config.get_text_config() if hf_config is not None else None
+        # LFM2 says only there that some of its layers are no attention.
+        kinds = set(getattr(text_config, "layer_types", None) or ())
+        attention = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+        self._forks = self._caches and not recurrent and attention
         # Up to how many positions pads between a shared prefix and a tail do no harm. Local windows, buffers as
         # long as the context, and alibi count pads as positions; the rest goes by position ids, after the mask.
         alibi = getattr(bridge.cfg, "positional_embedding_type", None) == "alibi"
-        text_config = hf_config.get_text_config() if hf_config is not None else None
         windows = [
             getattr(text_config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")
         ]
-        limits = [limit for limit in (*windows, self.n_ctx) if isinstance(limit, int)]
+        limits = [limit for limit in (*windows, self.n_ctx) if isinstance(limit, int) and limit > 0]  # 0: no window
         self._gaps_up_to: float = 0 if alibi else min(limits, default=math.inf)
         accepted = inspect.signature(bridge.original_model.forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
+
+    @cached_property
+    def weights(self) -> str:
+        """A fingerprint of the model's weights, from some numbers of each: two models may have one name."""
+        digest = hashlib.sha256()
+        for name, weight in self.bridge.original_model.named_parameters():
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            if not weight.is_meta:  # as accelerate leaves what it keeps on the disk
+                some = weight.detach().flatten()[:: max(1, weight.numel() // 16)]
+                digest.update(some.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     # Texts to tokens
 
@@ -254,9 +270,10 @@ class LocalEngine(BridgeEngine):
             seen = 0 if past is None else int(past.get_seq_length())
             if seen != tokens.mask.shape[1]:
                 raise RuntimeError(
-                    f"{self.name}: the KV cache holds {seen} of {tokens.mask.shape[1]} positions, so the "
-                    f"next token would be wrong; transformer-lens {version('transformer-lens')} does not fill the "
-                    f"caches of transformers {version('transformers')}: pip install 'transformers>=5.9,<5.24'"
+                    f"{self.name}: the KV cache holds {seen} of {tokens.mask.shape[1]} positions, so the next token "
+                    f"would be wrong; transformer-lens {version('transformer-lens')} does not fill the cache of "
+                    f"{type(self.bridge.original_model).__name__} in transformers {version('transformers')}. In 5.24 "
+                    "it fills none (pip install 'transformers>=5.9,<5.24'); before, take another model"
                 )
         return logits, past
 
