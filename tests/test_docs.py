@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformer_lens.model_bridge import TransformerBridge
@@ -48,6 +50,18 @@ def test_the_quickstart_prints_what_the_readme_shows(demo: TransformerBridge) ->
     for expected, line in zip(shown, printed, strict=True):
         assert outline(line) == outline(expected)
         assert numbers(line) == pytest.approx(numbers(expected), abs=0.11 if "->" not in line else 1e9)
+
+
+def test_the_readmes_session_gives_what_it_shows(demo: TransformerBridge) -> None:
+    names = ("present_to_gerund", "present_to_past", "singular_to_plural", "antonyms", "to_upper", "place_to_continent")
+    known: dict[str, Any] = {"tv": tv, "model": tv.LocalEngine(demo)}
+    for name, short in zip(names, ("gerund", "past", "plural", "antonyms", "upper", "continents"), strict=True):
+        task = tv.library()[name]
+        prompts = task.sample(15, shots=5, seed=0, template=tv.PAPER)
+        known[short] = tv.extract(known["model"], prompts, task.substitutes(prompts, 2, seed=0))
+    session = doctest.DocTestParser().get_doctest(block("pycon"), known, "README", None, 0)
+    assert len(session.examples) == 4
+    assert doctest.DocTestRunner().run(session).failed == 0
 
 
 @pytest.mark.parametrize(
