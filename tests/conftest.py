@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -173,6 +173,11 @@ def twins(request: pytest.FixtureRequest) -> Twins:
     return make_twins(request.param)
 
 
+@pytest.fixture(scope="module")
+def llama() -> Twins:
+    return make_twins("llama")
+
+
 @pytest.fixture
 def gpt2() -> Twins:
     return make_twins("gpt2")
@@ -261,3 +266,21 @@ def until_end(ids: Tensor) -> list[int]:
 def refuse(module: Any, args: Any) -> None:
     """A hook for a model that must not run."""
     raise AssertionError("the model was run")
+
+
+def count_positions(bridge: TransformerBridge, run: Callable[[], Any]) -> int:
+    """How many positions, pads among them, went through the first block."""
+    count = 0
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        nonlocal count
+        hidden = args[0] if args else kwargs["hidden_states"]
+        count += hidden.shape[0] * hidden.shape[1]
+
+    blocks = next(m for m in bridge.original_model.modules() if isinstance(m, torch.nn.ModuleList))
+    handle = blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return count

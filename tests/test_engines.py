@@ -7,7 +7,17 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import TEXTS, Twins, ids_of, make_tokenizer, make_twins, plain_generate, plain_run, refuse
+from conftest import (
+    TEXTS,
+    Twins,
+    count_positions,
+    ids_of,
+    make_tokenizer,
+    make_twins,
+    plain_generate,
+    plain_run,
+    refuse,
+)
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -160,22 +170,6 @@ def test_a_shared_prefix_is_run_once(substitutes: int) -> None:
     tail = ids_of(bridge, "a ->", prepend_bos=False).shape[1]
     run = count_positions(bridge, lambda: [engine.read(t, past) for t, past in engine.shared(groups)])
     assert run == 3 * ((n_whole - tail) + substitutes * tail)
-
-
-def count_positions(bridge: TransformerBridge, call) -> int:  # type: ignore[no-untyped-def]
-    """How many positions, pads included, went through the first block of the model underneath."""
-    count = 0
-
-    def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        nonlocal count
-        count += args[0].shape[0] * args[0].shape[1]
-
-    handle = bridge.original_model.model.layers[0].register_forward_pre_hook(hook)
-    try:
-        call()
-    finally:
-        handle.remove()
-    return count
 
 
 def test_a_fork_leaves_the_past_as_it_was(twins: Twins) -> None:

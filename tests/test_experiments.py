@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import Twins, ids_of, make_twins, plain_generate, refuse
+from conftest import Twins, count_positions, ids_of, make_twins, plain_generate, refuse
 from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
@@ -40,14 +40,9 @@ def test_a_sweep_runs_each_query_once_and_one_token_a_layer() -> None:
     prompts = [Prompt((), query, "A", Template("{input} -> {output}")) for query in ("a", "b", "x")]
     length = twins.bridge.to_tokens("a ->").shape[1]
     vectors = TaskVectors(torch.ones(1, 4, 32), "m", "t")
-    count = 0
-
-    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        nonlocal count
-        count += args[0].shape[0] * args[0].shape[1]
-
-    twins.bridge.original_model.model.layers[0].register_forward_pre_hook(hook)
-    tv.sweep_layers(twins.bridge, TASK, prompts, vectors, max_new_tokens=1)
+    count = count_positions(
+        twins.bridge, lambda: tv.sweep_layers(twins.bridge, TASK, prompts, vectors, max_new_tokens=1)
+    )
     assert count == 3 * (length - 1) + 3 * 4
 
 
@@ -239,11 +234,6 @@ def test_conflicting_demonstrations_stay_and_the_vector_is_written_behind_them(t
 SMALL = {"shots": 2, "n_dev": 6, "n_test": 7, "max_new_tokens": 2}
 THIRD = Task("reverse", WORDS.inputs, lambda text: text[::-1], odd)
 TASKS = (WORDS, OTHER, THIRD)
-
-
-@pytest.fixture(scope="module")
-def llama() -> Twins:
-    return make_twins("llama")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Twins, make_twins
+from conftest import Twins
 from test_no_trace import CALLS, PROMPTS, SUBSTITUTES, TASK, assert_same, state_of, touched
 from transformer_lens import hook_points
 from transformer_lens.model_bridge import bridge_core
@@ -157,11 +157,6 @@ def test_an_interrupt_in_a_sampler_or_a_rule(touched: Twins) -> None:
 
 SMALL: dict[str, Any] = {"shots": 1, "n_dev": 2, "n_test": 2, "substitutes": 1, "max_new_tokens": 1, "layers": [0, 3]}
 TASKS = [TASK, tv.Task("lower", ("A", "BB", "COLD", "DOG", "FOX", "WET", "X"), str.lower)]
-
-
-@pytest.fixture(scope="module")
-def llama() -> Twins:
-    return make_twins("llama")
 
 
 @pytest.fixture(scope="module")

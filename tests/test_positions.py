@@ -4,36 +4,15 @@ cache cannot be forked. Counts are laws; times are for `benchmark.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from conftest import ids_of, make_tokenizer, make_twins, plain_run
+from conftest import count_positions, ids_of, make_tokenizer, make_twins, plain_run
 from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
 
 # One-letter inputs, so that in this tokenizer every prompt of as many shots has as many tokens.
 LETTERS = tv.Task.from_mapping("letters", {letter: letter for letter in "bcdfjkmpvy"})
-
-
-def count_positions(bridge: TransformerBridge, run: Callable[[], Any]) -> int:
-    """How many positions, pads among them, went through the first block."""
-    count = 0
-
-    def hook(module: Any, args: Any, kwargs: Any) -> None:
-        nonlocal count
-        hidden = args[0] if args else kwargs["hidden_states"]
-        count += hidden.shape[0] * hidden.shape[1]
-
-    blocks = next(m for m in bridge.original_model.modules() if isinstance(m, torch.nn.ModuleList))
-    handle = blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        run()
-    finally:
-        handle.remove()
-    return count
 
 
 @pytest.mark.parametrize("shots", [1, 3])

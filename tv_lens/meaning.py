@@ -235,8 +235,7 @@ def compare_tasks(vectors: Sequence[TaskVectors], layer: int) -> Similarities:
     Raises:
         ValueError: fewer than two vectors, two tasks of one name, or as `similarity`.
     """
-    names = _names(vectors)
-    owners = tuple(i for i, each in enumerate(vectors) for _ in range(len(each)))
+    names, owners = _told_apart(vectors)
     cosines = torch.cat([torch.cat([similarity(a, b, layer) for b in vectors], dim=1) for a in vectors])
     return Similarities(layer, names, owners, cosines, vectors[0].n_layers)
 
@@ -306,15 +305,15 @@ def map_vectors(vectors: Sequence[TaskVectors], layer: int, *, method: Method = 
         ValueError: fewer than three vectors, two tasks of one name, vectors of different models, or a layer out of
             range.
     """
-    names = _names(vectors)
-    owners = tuple(i for i, each in enumerate(vectors) for _ in range(len(each)))
+    names, owners = _told_apart(vectors)
     if len(owners) < 3:
         raise ValueError(f"{len(owners)} vectors make no map; give those of the prompts rather than their mean")
     points, axes = method(torch.cat([each.at(layer) for each in vectors]).double().numpy())
     return VectorMap(layer, names, owners, torch.as_tensor(points, dtype=torch.float32), axes, vectors[0].n_layers)
 
 
-def _names(vectors: Sequence[TaskVectors]) -> tuple[str, ...]:
+def _told_apart(vectors: Sequence[TaskVectors]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The tasks' names, and for each vector which of them it is of."""
     if isinstance(vectors, TaskVectors) or not all(isinstance(each, TaskVectors) for each in vectors):
         raise ValueError("give a list of TaskVectors, one for each task")
     names = tuple(each.task for each in vectors)
@@ -322,7 +321,7 @@ def _names(vectors: Sequence[TaskVectors]) -> tuple[str, ...]:
         raise ValueError(f"tasks are {list(names)}; give two vectors or more, each task once and by a name of its own")
     for each in vectors:
         vectors[0].check_same_model(each)
-    return names
+    return names, tuple(i for i, each in enumerate(vectors) for _ in range(len(each)))
 
 
 def _mean(numbers: Tensor) -> float | None:

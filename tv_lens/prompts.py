@@ -121,6 +121,11 @@ class Prompt:
         """How many demonstrations it has."""
         return len(self.examples)
 
+    @property
+    def inputs(self) -> frozenset[str]:
+        """Every input that it shows or asks."""
+        return frozenset((self.query, *(example.input for example in self.examples)))
+
     def zero_shot(self) -> Prompt:
         """The query alone, without demonstrations."""
         return replace(self, examples=())

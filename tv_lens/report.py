@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from tv_lens.demo import NAME as DEMO
+from tv_lens.experiments import mcnemar
 from tv_lens.files import write_whole
 from tv_lens.plots import plot_experiment
 from tv_lens.tasks import exact_match, fingerprint, library, starts_with
@@ -18,7 +20,7 @@ from tv_lens.vectors import depth
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from tv_lens.experiments import Evaluation, Experiment, TaskResult
+    from tv_lens.experiments import Evaluation, Experiment, Score, TaskResult
 
 # Example answers of each kind, in each task.
 _MOST = 10
@@ -48,25 +50,26 @@ def write_report(experiment: Experiment, path: str | Path) -> None:
     """
     from plotly.offline import get_plotlyjs
 
-    # Everything is escaped unless it says that it is markup already; a name that is missing is an error.
     missing = [name for name in _NEEDED if name not in experiment.settings]
     if missing:
         raise ValueError(
             f"these results lack the settings {', '.join(missing)}, so no page can say what they are of; they were not "
             "written by run_experiment, or by an older one: run it again"
         )
+    # Everything is escaped unless it says that it is markup already; a name that is missing is an error.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("tv_lens") / "report.html").read_text(encoding="utf-8"))
     controls = list(dict.fromkeys(name for result in experiment.results for name in result.evaluation.controls))
+    tasks = [_task(experiment, result) for result in experiment.results]
     page = template.render(
         settings=experiment.settings,
         controls=controls,
         controls_told=", ".join(_CONTROLS.get(name, f"{name}, of the run's own") for name in controls),
         template=repr(experiment.settings["template"]["example"]),
         separator=repr(experiment.settings["template"]["separator"]),
-        tasks=[_task(experiment, result) for result in experiment.results],
+        tasks=tasks,
         overview=_for_script(plot_experiment(experiment)),
-        counts=_counts(experiment),
+        counts=_counts(experiment, tasks),
         repeat=_repeat(experiment.settings),
         plotly=Markup(get_plotlyjs()),
     )
@@ -99,10 +102,9 @@ def _task(experiment: Experiment, result: TaskResult) -> dict[str, Any]:
         "layer": found.layer,
         "depth": depth(found.layer, n_layers),
         "ties": [layer for layer in result.sweep.ties if layer != result.sweep.best],
-        "n_dev": len(result.dev_prompts),
         "other_task": result.other_task,
         "table": found.to_pandas().to_dict("records"),
-        "beaten": _beaten(found),
+        "beats_all": _beats(found, found.zero_shot, *found.controls.values()),
         "figure": _for_script(result.plot()),
         "prompt": result.test_prompts[0],
         "answers": {
@@ -113,24 +115,17 @@ def _task(experiment: Experiment, result: TaskResult) -> dict[str, Any]:
     }
 
 
-def _beaten(found: Evaluation) -> bool:
-    """Whether patched is right more often than each control, by more than chance would have it."""
-    from tv_lens.experiments import mcnemar
-
-    return all(
-        found.patched.accuracy > score.accuracy and mcnemar(found.patched, score) < 0.05
-        for score in (found.zero_shot, *found.controls.values())
-    )
+def _beats(found: Evaluation, *others: Score) -> bool:
+    """Whether patched is right more often than each of the others, by more than chance would have it."""
+    return all(found.patched.accuracy > other.accuracy and mcnemar(found.patched, other) < 0.05 for other in others)
 
 
-def _counts(experiment: Experiment) -> dict[str, int]:
+def _counts(experiment: Experiment, tasks: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     found = [result.evaluation for result in experiment.results]
     return {
         "tasks": len(found),
-        "over_zero_shot": sum(
-            each.patched.accuracy > each.zero_shot.accuracy and each.p_value < 0.05 for each in found
-        ),
-        "over_all": sum(map(_beaten, found)),
+        "over_zero_shot": sum(_beats(each, each.zero_shot) for each in found),
+        "over_all": sum(task["beats_all"] for task in tasks),
     }
 
 
@@ -143,7 +138,7 @@ def _repeat(settings: Mapping[str, Any]) -> str:
     """The call that gives these results again. What the results cannot tell is left to fill in, and says so: tasks and
     rules of one's own, and how a model that is not on the hub was booted.
     """
-    known, demo = library(), settings["model"] == "SmolLM2-135M-Instruct"
+    known, demo = library(), settings["model"] == DEMO
     first_token = settings["max_new_tokens"] == 1
     tasks = []
     for name in settings["tasks"]:

@@ -257,7 +257,7 @@ class Task:
         draw = self._draw("substitutes", seed)
         chosen = []
         for i, prompt in enumerate(prompts):
-            used = {prompt.query, *(example.input for example in prompt.examples)}
+            used = prompt.inputs
             free = [text for text in self.inputs if text not in used]
             if len(free) < k:
                 raise ValueError(
