@@ -13,8 +13,9 @@ from conftest import Twins, count_positions, ids_of, make_twins, plain_generate,
 from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
-from tv_lens import Evaluation, Prompt, Score, Sweep, Task, TaskVectors, Template, experiments
-from tv_lens.experiments import random_like
+from tv_lens import Evaluation, Prompt, Score, Sweep, Task, TaskVectors, Template
+from tv_lens.evidence import experiments
+from tv_lens.evidence.controls import random_like
 
 TASK = Task("upper", ("a", "bb", "cold", "dog", "quick brown", "fox", "wet", "x"), str.upper)
 

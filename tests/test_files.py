@@ -20,7 +20,7 @@ from conftest import Twins, make_twins
 from safetensors.torch import save
 
 import tv_lens as tv
-from tv_lens.experiments import Evaluation, Experiment, Score, Sweep, TaskResult
+from tv_lens.evidence.results import Evaluation, Experiment, Score, Sweep, TaskResult
 from tv_lens.files import from_json, to_json
 
 # How many damaged copies of each file are tried; more for a long run.

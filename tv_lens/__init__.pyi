@@ -1,37 +1,20 @@
 """The public names; `__init__.py` imports each when it is first asked for."""
 
+from .answers import first_token
 from .demo import DemoModelError, demo_model
 from .engines import Engine, LocalEngine, Patch, RemoteEngine, Tokens, engine_for
-from .experiments import (
-    Conflict,
-    Evaluation,
-    Experiment,
-    Score,
-    Sweep,
-    TaskResult,
-    conflict,
-    evaluate,
-    mcnemar,
-    run_experiment,
-    score,
-    shuffle_outputs,
-    sweep_layers,
-)
-from .extraction import extract, extract_across
+from .evidence.controls import shuffle_outputs
+from .evidence.evaluation import conflict, evaluate, score, sweep_layers
+from .evidence.experiments import run_experiment
+from .evidence.results import Conflict, Evaluation, Experiment, Score, Sweep, TaskResult, mcnemar
 from .generation import Completions, generate, greedy, patch_generate, patched_logits, sample
-from .meaning import (
-    Similarities,
-    TopTokens,
-    VectorMap,
-    compare_tasks,
-    map_vectors,
-    pca,
-    similarity,
-    top_tokens,
-    tsne,
-)
+from .geometry import Similarities, VectorMap, compare_tasks, map_vectors, pca, similarity, tsne
+from .methods.extraction import extract, extract_across
 from .prompts import PAPER, Example, Prompt, Template
-from .tasks import Task, exact_match, first_token, library, starts_with
+from .readout import TopTokens, top_tokens
+from .tasks.library import library
+from .tasks.rules import exact_match, starts_with
+from .tasks.task import Task
 from .vectors import TaskVectors
 
 __version__: str

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tv_lens.files import from_json, to_json, write_whole
 from tv_lens.prompts import Template
-from tv_lens.tables import to_html
+from tv_lens.views.tables import to_html
 
 if TYPE_CHECKING:
     import pandas as pd

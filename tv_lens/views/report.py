@@ -11,16 +11,16 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from tv_lens.demo import NAME as DEMO
-from tv_lens.experiments import mcnemar
+from tv_lens.evidence.results import mcnemar
 from tv_lens.files import write_whole
-from tv_lens.plots import plot_experiment
 from tv_lens.tasks import exact_match, fingerprint, library, starts_with
 from tv_lens.vectors import depth
+from tv_lens.views.plots import plot_experiment
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from tv_lens.experiments import Evaluation, Experiment, Score, TaskResult
+    from tv_lens.evidence.results import Evaluation, Experiment, Score, TaskResult
 
 # Example answers of each kind, in each task.
 _MOST = 10
@@ -58,7 +58,7 @@ def write_report(experiment: Experiment, path: str | Path) -> None:
         )
     # Everything is escaped unless it says that it is markup already; a name that is missing is an error.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files("tv_lens") / "report.html").read_text(encoding="utf-8"))
+    template = environment.from_string((files("tv_lens.views") / "report.html").read_text(encoding="utf-8"))
     controls = list(dict.fromkeys(name for result in experiment.results for name in result.evaluation.controls))
     tasks = [_task(experiment, result) for result in experiment.results]
     page = template.render(

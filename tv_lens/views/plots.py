@@ -20,8 +20,9 @@ except ImportError as error:
     raise ImportError('a figure needs Plotly; pip install "tv_lens[plots]"') from error
 
 if TYPE_CHECKING:
-    from tv_lens.experiments import Conflict, Evaluation, Experiment, Score, Sweep
-    from tv_lens.meaning import Similarities, TopTokens, VectorMap
+    from tv_lens.evidence.results import Conflict, Evaluation, Experiment, Score, Sweep
+    from tv_lens.geometry import Similarities, VectorMap
+    from tv_lens.readout import TopTokens
 
 # Okabe and Ito's colours, in the order in which they are told apart best.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")

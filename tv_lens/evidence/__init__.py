@@ -1,0 +1,1 @@
+"""Evidence: scores, sweeps, controls and experiments."""

@@ -1,0 +1,1 @@
+"""How vectors are made: a file for each kind."""
