@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import _CONFIGS, Twins, ids_of, make_twins, plain_generate, plain_run, until_end
+from models import CONFIGS, Twins, ids_of, make_twins
+from oracle import plain_generate, plain_run, until_end
+from passes import read_texts, tokens_of
 
 import tv_lens as tv
 from tv_lens.engines import Replay
@@ -36,14 +39,14 @@ def law(check):  # type: ignore[no-untyped-def]
         for name, (laws, reason) in FAILURES.items()
         if check.__name__.removeprefix("test_") in laws
     }
-    names = [pytest.param(name, marks=broken.get(name, ())) for name in _CONFIGS]
+    names = [pytest.param(name, marks=broken.get(name, ())) for name in CONFIGS]
     return pytest.mark.parametrize("name", names)(check)
 
 
 def table() -> str:
     """The README's table of models: which laws hold for which."""
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for name in _CONFIGS:
+    for name in CONFIGS:
         broken, reason = FAILURES.get(name, ((), "each token runs the whole row" if name in WHOLE_ROWS else ""))
         groups[(*("no" if law in broken else "yes" for law in LAWS), reason)].append(name)
     head = ["| models | read | patch | padding | several tokens | sweep | |", "|---|---|---|---|---|---|---|"]
@@ -61,14 +64,12 @@ def twins_of(name: str) -> Twins:
 
 def vectors_for(twins: Twins) -> tv.TaskVectors:
     shape = (len(PROMPTS), twins.bridge.cfg.n_layers, twins.bridge.cfg.d_model)
-    return tv.TaskVectors(torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 3, "tiny", "t")
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 3
+    return tv.TaskVectors(values, twins.bridge.cfg.model_name, "t")
 
 
 def read_all(engine: tv.Engine) -> torch.Tensor:
-    found = torch.empty(len(PROMPTS), engine.n_layers, engine.d_model)
-    for tokens in engine.batches([prompt.text for prompt in PROMPTS]):
-        found[list(tokens.rows)] = engine.read(tokens)
-    return found
+    return read_texts(engine, [prompt.text for prompt in PROMPTS])
 
 
 def writes(twins: Twins, vectors: tv.TaskVectors, layers: list[int]) -> list[tuple[torch.Tensor, tuple]]:  # type: ignore[type-arg]
@@ -114,8 +115,8 @@ def test_tokens(name: str) -> None:
     """Several patched tokens are those of the whole text run again, with the hook at the same absolute position."""
     twins = twins_of(name)
     vectors, engine = vectors_for(twins), tv.LocalEngine(twins.bridge)
-    [first, *_] = engine.batches([PROMPTS[0].text])
-    assert isinstance(engine.step(first)[1], Replay) == (name in WHOLE_ROWS)
+    past = engine.forward(tokens_of(engine, [PROMPTS[0].text])).past
+    assert isinstance(past, Replay) == (name in WHOLE_ROWS)
     found = tv.patch_generate(engine, PROMPTS, vectors, 1, max_new_tokens=3).tokens
     for i, (ids, write) in enumerate(writes(twins, vectors, [1] * 3)):
         assert until_end(found[i]) == until_end(torch.tensor(plain_generate(twins, ids, 3, write)))
@@ -126,7 +127,7 @@ def test_sweep(name: str) -> None:
     """A sweep answers at each layer as a plain hook at that layer does."""
     twins, prompts = twins_of(name), PROMPTS[1:]
     vectors, task = vectors_for(twins), tv.Task("t", QUERIES, str.upper)
-    own = tv.TaskVectors(vectors.values[1:], "tiny", "t")
+    own = replace(vectors, values=vectors.values[1:])
     swept = tv.sweep_layers(twins.bridge, task, prompts, own, max_new_tokens=2)
     assert swept.layers == tuple(range(twins.bridge.cfg.n_layers))
     for layer, score in zip(swept.layers, swept.scores, strict=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Twins, make_tokenizer, make_twins
+from models import Twins, make_tokenizer, make_twins
 
 import tv_lens as tv
 from tv_lens.cli import main

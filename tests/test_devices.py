@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Twins, ids_of, make_tokenizer, make_twins, plain_generate, plain_run, until_end
+from models import Twins, ids_of, make_tokenizer, make_twins
+from oracle import plain_generate, plain_run, until_end
+from passes import tokens_of
 from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
@@ -57,8 +59,9 @@ def test_a_layer_in_another_precision_gets_its_vector_in_its_own() -> None:
     lower.register_forward_hook(lambda module, args, output: output.half())
     upper.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
     engine = tv.LocalEngine(twins.bridge)
-    [tokens] = engine.batches(["hot ->"])
-    logits, _ = engine.step(tokens, tv.Patch(torch.ones(1, 32) / 3, torch.tensor([1])))
+    tokens = tokens_of(engine, ["hot ->"])
+    logits = engine.forward(tokens, edits=tv.Edits.per_row(torch.ones(1, 32) / 3, torch.tensor([1]))).logits
+    assert logits is not None
     ids = tokens.ids
     expected = plain_run(twins, ids, (1, ids.shape[1] - 1, (torch.ones(32) / 3).half().float()))[1]
     torch.testing.assert_close(logits[0], expected, atol=0.02, rtol=0)
@@ -92,7 +95,8 @@ def test_a_split_model_reads_and_writes_as_plain_hooks(split: tuple[TransformerB
 
 def test_a_split_model_generates_and_sweeps(split: tuple[TransformerBridge, Twins]) -> None:
     bridge, twins = split
-    vectors = tv.TaskVectors(torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(3)) * 3, "tiny", "t")
+    values = torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(3)) * 3
+    vectors = tv.TaskVectors(values, "tiny-llama", "t")
     found = tv.patch_generate(bridge, PROMPTS, vectors, 2, max_new_tokens=3).tokens
     swept = tv.sweep_layers(bridge, WORDS, PROMPTS, vectors, max_new_tokens=2)
     for i, prompt in enumerate(PROMPTS):
@@ -106,7 +110,7 @@ def test_a_split_model_generates_and_sweeps(split: tuple[TransformerBridge, Twin
 
 
 @pytest.mark.parametrize("kept", ["cpu", "disk"])
-def test_a_device_map_of_ones_own(kept: str, tmp_path: Path) -> None:
+def test_a_custom_device_map(kept: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     twins = saved(tmp_path / "model", "llama")
     where = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}

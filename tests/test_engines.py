@@ -3,58 +3,39 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
 import transformers
-from conftest import (
-    TEXTS,
-    Twins,
-    count_positions,
-    ids_of,
-    make_tokenizer,
-    make_twins,
-    plain_generate,
-    plain_run,
-    refuse,
-)
+from models import TEXTS, Twins, ids_of, make_tokenizer, make_twins
+from oracle import count_positions, plain_generate, plain_run, refuse
+from passes import logits_of, logits_of_groups, read_groups, read_texts, tokens_of
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
+from tv_lens.edits import RESID_POST, Edits
+from tv_lens.engines import Past, map_rows
 
 
-def whole(engine: tv.LocalEngine, texts: tuple[str, ...] = TEXTS) -> list[tuple[list[int], tv.Tokens]]:
-    return [(list(tokens.rows), tokens) for tokens in engine.batches(texts)]
-
-
-def reads(engine: tv.LocalEngine, texts: tuple[str, ...] = TEXTS) -> Tensor:
-    found = torch.empty(len(texts), engine.n_layers, engine.d_model)
-    for rows, tokens in whole(engine, texts):
-        found[rows] = engine.read(tokens)
-    return found
-
-
-def logits(engine: tv.LocalEngine, texts: tuple[str, ...] = TEXTS, patch: tv.Patch | None = None) -> Tensor:
-    found = torch.empty(len(texts), engine.bridge.cfg.d_vocab)
-    for rows, tokens in whole(engine, texts):
-        found[rows] = engine.step(tokens, patch and patch.keep(rows))[0]
-    return found
+def per_row(vectors: Tensor, layers: Sequence[int]) -> Edits:
+    return Edits.per_row(vectors, torch.tensor(layers))
 
 
 def test_reads_are_those_of_plain_forward_hooks(twins: Twins) -> None:
     expected = torch.stack([plain_run(twins, ids_of(twins.bridge, text))[0] for text in TEXTS])
-    torch.testing.assert_close(reads(tv.LocalEngine(twins.bridge)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(read_texts(tv.LocalEngine(twins.bridge), TEXTS), expected, atol=1e-4, rtol=0)
 
 
 def test_a_patched_row_is_a_plain_hook_that_overwrites(twins: Twins) -> None:
     engine = tv.LocalEngine(twins.bridge)
     vectors = torch.randn(len(TEXTS), engine.d_model, generator=torch.Generator().manual_seed(1)) * 3
-    layers = torch.tensor([0, 3, 1, 3])
-    found = logits(engine, patch=tv.Patch(vectors, layers))
+    layers = [0, 3, 1, 3]
+    found = logits_of(engine, TEXTS, per_row(vectors, layers))
     for row, text in enumerate(TEXTS):
         ids = ids_of(twins.bridge, text)
-        write = (int(layers[row]), ids.shape[1] - 1, vectors[row])
+        write = (layers[row], ids.shape[1] - 1, vectors[row])
         torch.testing.assert_close(found[row], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
         assert (found[row] - plain_run(twins, ids)[1]).abs().max() > 0.05  # the patch did something
 
@@ -62,17 +43,24 @@ def test_a_patched_row_is_a_plain_hook_that_overwrites(twins: Twins) -> None:
 @pytest.mark.parametrize("layer", [0, 1, 2, 3])
 def test_writing_back_what_was_read_changes_nothing(twins: Twins, layer: int) -> None:
     engine = tv.LocalEngine(twins.bridge)
-    patch = tv.Patch(reads(engine)[:, layer], torch.full((len(TEXTS),), layer))
-    torch.testing.assert_close(logits(engine, patch=patch), logits(engine), atol=1e-5, rtol=0)
+    edits = per_row(read_texts(engine, TEXTS)[:, layer], [layer] * len(TEXTS))
+    torch.testing.assert_close(logits_of(engine, TEXTS, edits), logits_of(engine, TEXTS), atol=1e-5, rtol=0)
+
+
+def batch_sizes(engine: tv.Engine) -> list[int]:
+    """How many rows each pass over the texts has."""
+    sizes: list[int] = []
+    map_rows(engine, [[ids] for ids in engine.text.encode(TEXTS)], lambda rows, *_: sizes.append(len(rows)))
+    return sizes
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_results_do_not_hang_on_the_batch(twins: Twins, batch_size: int) -> None:
+def test_results_do_not_depend_on_the_batch(twins: Twins, batch_size: int) -> None:
     engine, other = tv.LocalEngine(twins.bridge), tv.LocalEngine(twins.bridge, batch_size=batch_size)
-    assert max(len(tokens.ids) for _, tokens in whole(engine)) == len(TEXTS)
-    assert max(len(tokens.ids) for _, tokens in whole(other)) == batch_size
-    torch.testing.assert_close(reads(other), reads(engine), atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits(other), logits(engine), atol=1e-5, rtol=0)
+    assert max(batch_sizes(engine)) == len(TEXTS)
+    assert max(batch_sizes(other)) == batch_size
+    torch.testing.assert_close(read_texts(other, TEXTS), read_texts(engine, TEXTS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits_of(other, TEXTS), logits_of(engine, TEXTS), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -81,14 +69,18 @@ def test_results_do_not_hang_on_the_batch(twins: Twins, batch_size: int) -> None
     [(True, "<pad>", "right"), (True, "<pad>", "left"), (True, "</s>", "right"), (True, None, "right")]
     + [(False, "<pad>", "right"), (False, "</s>", "right"), (False, None, "left")],
 )
-def test_the_tokenizers_own_padding_has_no_say(architecture: str, bos: bool, pad: str | None, side: str) -> None:
+def test_the_tokenizers_padding_settings_are_ignored(architecture: str, bos: bool, pad: str | None, side: str) -> None:
     tokenizer = make_tokenizer(bos, pad, side)
     twins = make_twins(architecture, tokenizer)
     for prepend_bos in (None, False):
         engine = tv.LocalEngine(twins.bridge, prepend_bos=prepend_bos)
         oracle = [plain_run(twins, ids_of(twins.bridge, text, prepend_bos)) for text in TEXTS]
-        torch.testing.assert_close(reads(engine), torch.stack([each[0] for each in oracle]), atol=1e-4, rtol=0)
-        torch.testing.assert_close(logits(engine), torch.stack([each[1] for each in oracle]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            read_texts(engine, TEXTS), torch.stack([each[0] for each in oracle]), atol=1e-4, rtol=0
+        )
+        torch.testing.assert_close(
+            logits_of(engine, TEXTS), torch.stack([each[1] for each in oracle]), atol=1e-4, rtol=0
+        )
         prompts = [tv.Prompt((), text, template=tv.Template("{input}{output}", "\n\n\n")) for text in TEXTS]
         found = tv.generate(engine, prompts, max_new_tokens=3)
         for text, ids in zip(TEXTS, found.tokens.tolist(), strict=True):
@@ -102,15 +94,15 @@ def test_a_patch_does_not_write_into_the_models_own_tensor() -> None:
     bridge = make_twins("llama").bridge
     seen: list[Tensor] = []
     bridge.add_hook("blocks.1.hook_resid_post", lambda residual, hook: seen.append(residual))
-    logits(tv.LocalEngine(bridge), patch=tv.Patch(torch.full((4, 32), 7.0), torch.ones(4, dtype=torch.long)))
+    logits_of(tv.LocalEngine(bridge), TEXTS, per_row(torch.full((4, 32), 7.0), [1] * 4))
     assert not (seen[0][:, -1] == 7.0).any()
 
 
 def test_bos_is_prepended_once_or_not_at_all() -> None:
     bridge = make_twins("llama").bridge
     for prepend_bos, text, count in ((None, "a", 1), (True, "a", 1), (False, "a", 0), (True, "<s>a", 1)):
-        [tokens] = tv.LocalEngine(bridge, prepend_bos=prepend_bos).batches([text])
-        assert tokens.ids[0].tolist().count(0) == count
+        [ids] = tv.LocalEngine(bridge, prepend_bos=prepend_bos).text.encode([text])
+        assert ids.count(0) == count
     bridge = make_twins("gpt_neox", make_tokenizer(bos=False, pad=None)).bridge
     bridge.tokenizer.bos_token = None  # TransformerLens had put the end of text there
     with pytest.raises(ValueError, match="prepend_bos=True, but the tokenizer of tiny-gpt_neox has no BOS"):
@@ -128,23 +120,26 @@ def test_shared_prefix_equals_a_fresh_run(twins: Twins, layer: int) -> None:
     ]
     texts = [text for group in groups for text in group]
     vectors = torch.randn(len(texts), twins.bridge.cfg.d_model, generator=torch.Generator().manual_seed(2))
-    patch = tv.Patch(vectors, torch.full((len(texts),), layer))
+    edits = per_row(vectors, [layer] * len(texts))
     for prepend_bos, batch_size in ((None, None), (False, 4)):
         engine = tv.LocalEngine(twins.bridge, prepend_bos=prepend_bos, batch_size=batch_size)
-        shortest = min(tokens.ids.shape[1] for tokens, _ in engine.shared(groups))
-        seen = []
-        for tokens, past in engine.shared(groups):
-            rows, again = tokens.rows, engine.fork(past)
-            found, written = engine.read(tokens, past), engine.step(tokens, patch.keep(rows), again)[0]
-            for place, row in enumerate(rows):
-                ids = ids_of(twins.bridge, texts[row], prepend_bos)
-                torch.testing.assert_close(found[place], plain_run(twins, ids)[0], atol=1e-4, rtol=0)
-                write = (layer, ids.shape[1] - 1, vectors[row])
-                torch.testing.assert_close(written[place], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
-            seen += rows
-        assert sorted(seen) == list(range(len(texts)))
+        found, written = read_groups(engine, groups), logits_of_groups(engine, groups, edits)
+        for row, text in enumerate(texts):
+            ids = ids_of(twins.bridge, text, prepend_bos)
+            torch.testing.assert_close(found[row], plain_run(twins, ids)[0], atol=1e-4, rtol=0)
+            write = (layer, ids.shape[1] - 1, vectors[row])
+            torch.testing.assert_close(written[row], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
     if twins.bridge.cfg.architecture == "LlamaForCausalLM":
+        shortest = min(tails(engine, groups))
         assert shortest < ids_of(twins.bridge, texts[0]).shape[1]  # something was shared at all
+
+
+def tails(engine: tv.Engine, groups: Sequence[Sequence[str]]) -> list[int]:
+    """How many positions of each part are run behind a shared prefix."""
+    widths: list[int] = []
+    ids = [engine.text.encode(group) for group in groups]
+    map_rows(engine, ids, lambda rows, tokens, *_: widths.append(tokens.ids.shape[1]))
+    return widths
 
 
 def test_pads_in_the_middle_may_not_pass_the_context(twins: Twins) -> None:
@@ -152,11 +147,9 @@ def test_pads_in_the_middle_may_not_pass_the_context(twins: Twins) -> None:
     engine = tv.LocalEngine(twins.bridge, prepend_bos=False)
     groups = [["x " * 25 + "a " * 20, "x " * 25 + "b"], ["y " * 48 + "a", "y " * 48 + "b c"]]
     texts = [text for group in groups for text in group]
-    for tokens, past in engine.shared(groups):
-        found = engine.read(tokens, past)
-        for place, row in enumerate(tokens.rows):
-            expected = plain_run(twins, ids_of(twins.bridge, texts[row], False))[0]
-            torch.testing.assert_close(found[place], expected, atol=1e-4, rtol=0)
+    for found, text in zip(read_groups(engine, groups), texts, strict=True):
+        expected = plain_run(twins, ids_of(twins.bridge, text, False))[0]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("substitutes", [2, 4])
@@ -168,20 +161,27 @@ def test_a_shared_prefix_is_run_once(substitutes: int) -> None:
     groups = [[f"{first} -> cold\n{tail} ->" for tail in tails] for first in ("x", "y", "z")]
     n_whole = ids_of(bridge, groups[0][0]).shape[1]
     tail = ids_of(bridge, "a ->", prepend_bos=False).shape[1]
-    run = count_positions(bridge, lambda: [engine.read(t, past) for t, past in engine.shared(groups)])
+    run = count_positions(bridge, lambda: read_groups(engine, groups))
     assert run == 3 * ((n_whole - tail) + substitutes * tail)
+
+
+def step(engine: tv.Engine, tokens: tv.Tokens, past: Past) -> Tensor:
+    """Next-token logits behind a past."""
+    logits = engine.forward(tokens, past=past).logits
+    assert logits is not None
+    return logits
 
 
 def test_a_fork_leaves_the_past_as_it_was(twins: Twins) -> None:
     engine = tv.LocalEngine(twins.bridge)
-    [(_, tokens)] = whole(engine)
-    _, past = engine.step(tokens)
+    tokens = tokens_of(engine, TEXTS)
+    past = engine.forward(tokens).past
     chosen = torch.tensor([5, 6, 7, 8])
     widened = engine.fork(past, 2)
-    engine.step(tokens.then(chosen), past=engine.fork(past))
-    first, _ = engine.step(tokens.then(chosen), past=past)
+    step(engine, tokens.then(chosen), engine.fork(past))
+    first = step(engine, tokens.then(chosen), past)
     wide = tv.Tokens(tokens.ids.repeat_interleave(2, 0), tokens.mask.repeat_interleave(2, 0))
-    both, _ = engine.step(wide.then(chosen.repeat_interleave(2)), past=widened)
+    both = step(engine, wide.then(chosen.repeat_interleave(2)), widened)
     torch.testing.assert_close(both, first.repeat_interleave(2, 0), atol=1e-5, rtol=0)
 
 
@@ -191,9 +191,9 @@ def test_no_logits_that_nobody_reads() -> None:
     shapes = []
     head = twins.bridge.original_model.lm_head
     handle = head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
-    [(_, tokens)] = whole(engine)
-    engine.read(tokens)
-    engine.step(tokens)
+    tokens = tokens_of(engine, TEXTS)
+    engine.forward(tokens, read=[RESID_POST], logits=False)
+    engine.forward(tokens)
     handle.remove()
     assert shapes == [(4, 0, 300), (4, 1, 300)]
 
@@ -202,8 +202,8 @@ def test_a_half_precision_model_gives_float32() -> None:
     twins = make_twins("llama")
     twins.bridge.original_model.to(torch.float16)
     engine = tv.LocalEngine(twins.bridge)
-    patch = tv.Patch(torch.ones(4, 32), torch.tensor([0, 1, 2, 3]))
-    assert reads(engine).dtype == logits(engine, patch=patch).dtype == torch.float32
+    edits = per_row(torch.ones(4, 32), [0, 1, 2, 3])
+    assert read_texts(engine, TEXTS).dtype == logits_of(engine, TEXTS, edits).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -220,10 +220,10 @@ def test_bad_texts_are_refused_before_the_model_runs(texts: list[str], message: 
     engine = tv.LocalEngine(bridge)
     bridge.original_model.register_forward_pre_hook(refuse)
     with pytest.raises(ValueError, match=message):
-        engine.batches(texts)
+        engine.text.encode(texts)
 
 
-def test_what_is_no_decoder_only_language_model_is_refused(as_users_run_it: None) -> None:
+def test_anything_but_a_decoder_only_language_model_is_refused(as_users_run_it: None) -> None:
     config = transformers.T5Config(
         vocab_size=300, d_model=32, d_ff=32, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
@@ -251,7 +251,7 @@ def test_what_is_no_decoder_only_language_model_is_refused(as_users_run_it: None
         tv.LocalEngine(make_twins("gpt2").bridge, batch_size=0)
 
 
-def test_an_engine_of_ones_own_is_taken_as_it_is() -> None:
+def test_a_custom_engine_is_used_as_is() -> None:
     engine = tv.LocalEngine(make_twins("gpt2").bridge)
     assert tv.engine_for(engine) is engine
     assert isinstance(engine, tv.Engine)
@@ -259,26 +259,27 @@ def test_an_engine_of_ones_own_is_taken_as_it_is() -> None:
 
 def test_a_past_without_copies_is_still_independent() -> None:
     engine = tv.LocalEngine(make_twins("gpt2").bridge)
-    [(_, tokens)] = whole(engine)
-    _, past = engine.step(tokens)
+    tokens = tokens_of(engine, TEXTS)
+    past = engine.forward(tokens).past
     before = copy.deepcopy(past)
-    engine.step(tokens.then(torch.tensor([5, 6, 7, 8])), past=engine.fork(past))
+    step(engine, tokens.then(torch.tensor([5, 6, 7, 8])), engine.fork(past))
     assert torch.equal(past.layers[0].keys, before.layers[0].keys)
 
 
-def test_a_recurrent_model_goes_on_from_whole_rows() -> None:
+def test_a_recurrent_model_continues_from_whole_rows() -> None:
     """Rows of unequal length, patched at their second last position, forked and one left out: a plain hook there."""
     twins = make_twins("mamba")
     engine = tv.LocalEngine(twins.bridge)
-    [(rows, tokens)] = whole(engine)
+    tokens = tokens_of(engine, TEXTS)
     vectors = torch.randn(4, engine.d_model, generator=torch.Generator().manual_seed(5)) * 3
-    _, past = engine.step(tokens, tv.Patch(vectors, torch.tensor([0, 1, 2, 0])))
+    past = engine.forward(tokens, edits=per_row(vectors, [0, 1, 2, 0])).past
     wide = engine.fork(past, 2)
     fewer = engine.select(wide, [1, 6])  # the second copy of the first row, the first of the fourth
-    then = tokens.copies(2).keep([1, 6]).then(torch.tensor([5, 9]))
-    found, again = engine.read(then, engine.fork(fewer)), engine.step(then, past=fewer)[0]
+    then = tokens.repeat(2).keep([1, 6]).then(torch.tensor([5, 9]))
+    found = engine.forward(then, past=engine.fork(fewer), read=[RESID_POST]).reads[RESID_POST]
+    again = step(engine, then, fewer)
     for place, (row, layer, token) in enumerate([(0, 0, 5), (3, 0, 9)]):
-        ids = ids_of(twins.bridge, TEXTS[rows[row]])
+        ids = ids_of(twins.bridge, TEXTS[row])
         write = (layer, ids.shape[1] - 1, vectors[row])
         plain = plain_run(twins, torch.cat([ids, torch.tensor([[token]])], dim=1), write)
         torch.testing.assert_close(found[place], plain[0], atol=1e-4, rtol=0)
@@ -296,7 +297,7 @@ def small_memory(bridge: TransformerBridge, most_rows: int) -> torch.utils.hooks
 
 
 @pytest.mark.parametrize("most_rows", [1, 2, 7])
-def test_where_memory_runs_out_smaller_passes_go_on(most_rows: int) -> None:
+def test_smaller_passes_continue_when_memory_runs_out(most_rows: int) -> None:
     """Also where it is the shared prefix that is too large, which has a row for each prompt."""
     bridge = make_twins("llama").bridge
     task = tv.Task.from_mapping(
@@ -313,7 +314,9 @@ def test_where_memory_runs_out_smaller_passes_go_on(most_rows: int) -> None:
 
     expected = everything()
     handle = small_memory(bridge, most_rows)
-    with pytest.warns(UserWarning, match="tiny-llama: no memory for .* rows in a pass; going on with fewer") as warned:
+    with pytest.warns(
+        UserWarning, match="tiny-llama: no memory for .* rows in a pass; continuing with fewer"
+    ) as warned:
         found = everything()
     handle.remove()
     assert len(warned) == 1

@@ -9,13 +9,16 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import Twins, count_positions, ids_of, make_twins, plain_generate, refuse
+from models import Twins, ids_of, make_twins
+from oracle import count_positions, plain_generate, refuse
+from results import score_of
 from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
 from tv_lens import Evaluation, Prompt, Score, Sweep, Task, TaskVectors, Template
 from tv_lens.evidence import experiments
 from tv_lens.evidence.controls import random_like
+from tv_lens.methods import extraction
 
 TASK = Task("upper", ("a", "bb", "cold", "dog", "quick brown", "fox", "wet", "x"), str.upper)
 
@@ -23,7 +26,7 @@ TASK = Task("upper", ("a", "bb", "cold", "dog", "quick brown", "fox", "wet", "x"
 def test_a_sweep_equals_patching_layer_by_layer(twins: Twins) -> None:
     prompts = TASK.sample(5, shots=2, seed=0)
     vectors = tv.extract(twins.bridge, prompts, TASK.substitutes(prompts, 2, seed=0))
-    scaled = TaskVectors(vectors.values * torch.linspace(0.5, 4, 5)[:, None, None], "m", "t")
+    scaled = replace(vectors, values=vectors.values * torch.linspace(0.5, 4, 5)[:, None, None])
     for engine in (tv.LocalEngine(twins.bridge), tv.LocalEngine(twins.bridge, prepend_bos=False, batch_size=3)):
         for each in (scaled, scaled.mean()):
             sweep = tv.sweep_layers(engine, TASK, prompts, each, max_new_tokens=4)
@@ -40,15 +43,11 @@ def test_a_sweep_runs_each_query_once_and_one_token_a_layer() -> None:
     twins = make_twins("llama")
     prompts = [Prompt((), query, "A", Template("{input} -> {output}")) for query in ("a", "b", "x")]
     length = twins.bridge.to_tokens("a ->").shape[1]
-    vectors = TaskVectors(torch.ones(1, 4, 32), "m", "t")
+    vectors = TaskVectors(torch.ones(1, 4, 32), "tiny-llama", "t")
     count = count_positions(
         twins.bridge, lambda: tv.sweep_layers(twins.bridge, TASK, prompts, vectors, max_new_tokens=1)
     )
     assert count == 3 * (length - 1) + 3 * 4
-
-
-def score_of(right: int, n: int = 10) -> Score:
-    return Score(("x",) * n, ("y",) * n, (True,) * right + (False,) * (n - right))
 
 
 def test_the_best_layer_is_the_first_maximum_and_ties_are_shown() -> None:
@@ -85,7 +84,7 @@ def test_scores_follow_the_tasks_rule() -> None:
 
 def test_wrong_use_of_a_sweep_says_what_to_do(as_users_run_it: None) -> None:
     twins = make_twins("gpt2")
-    vectors = TaskVectors(torch.zeros(2, 4, 32), "m", "t")
+    vectors = TaskVectors(torch.zeros(2, 4, 32), "tiny-gpt2", "t")
     prompts = TASK.sample(2, shots=1, seed=0)
     for layers, message in (([], "at least one"), ([1, 1], "different ones"), ([0, 4], "layer 4 is not one of")):
         with pytest.raises(ValueError, match=message):
@@ -131,7 +130,8 @@ def test_an_evaluation_holds_what_each_call_alone_gives(twins: Twins) -> None:
     controls = {
         "random": random_like(vectors, 6, 5),
         "other": other,
-        "shuffled": tv.extract(twins.bridge, mixed, WORDS.substitutes(prompts, 1, seed=5)).mean(),
+        # By the same method: the vectors were read with two substitutes.
+        "shuffled": tv.extract(twins.bridge, mixed, WORDS.substitutes(prompts, 2, seed=5)).mean(),
     }
     for name, each in {"patched": vectors, **controls}.items():
         texts = tv.patch_generate(twins.bridge, prompts, each, 2, max_new_tokens=4).texts
@@ -190,8 +190,8 @@ def test_an_evaluations_table_names_layer_and_interval() -> None:
 
 
 def test_wrong_use_of_an_evaluation_says_what_to_do(gpt2: Twins, as_users_run_it: None) -> None:
-    vectors = TaskVectors(torch.ones(1, 4, 32), "m", "t")
-    wide = TaskVectors(torch.ones(1, 4, 64), "m", "t")
+    vectors = TaskVectors(torch.ones(1, 4, 32), "tiny-gpt2", "t")
+    wide = TaskVectors(torch.ones(1, 4, 64), "tiny-gpt2", "t")
     prompts = WORDS.sample(2, shots=2, seed=0)
     gpt2.bridge.original_model.register_forward_pre_hook(refuse)
     for call, message in (
@@ -202,7 +202,7 @@ def test_wrong_use_of_an_evaluation_says_what_to_do(gpt2: Twins, as_users_run_it
         (lambda: tv.evaluate(gpt2.bridge, WORDS, prompts, vectors, 1, controls={"patched": vectors}), "otherwise"),
         (lambda: tv.evaluate(gpt2.bridge, WORDS, prompts, vectors, 1, max_new_tokens=120), "prompt 0 has .* context"),
         (lambda: tv.evaluate(gpt2.bridge, WORDS, [], vectors, 1), "at least one Prompt"),
-        (lambda: tv.conflict(gpt2.bridge, WORDS, TASK, prompts, vectors, 1), "2 queries are no inputs of the rival"),
+        (lambda: tv.conflict(gpt2.bridge, WORDS, TASK, prompts, vectors, 1), "2 queries are not inputs of the rival"),
         (lambda: tv.conflict(gpt2.bridge, WORDS, OTHER, WORDS.sample(2, shots=0, seed=0), vectors, 1), "shots=1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -211,7 +211,8 @@ def test_wrong_use_of_an_evaluation_says_what_to_do(gpt2: Twins, as_users_run_it
 
 def test_conflicting_demonstrations_stay_and_the_vector_is_written_behind_them(twins: Twins) -> None:
     prompts = WORDS.sample(3, shots=2, seed=0)
-    vectors = TaskVectors(3 * torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0)), "m", "t")
+    noise = 3 * torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))
+    vectors = TaskVectors(noise, twins.bridge.cfg.model_name, "t")
     found = tv.conflict(tv.LocalEngine(twins.bridge), WORDS, OTHER, prompts, vectors, 1, max_new_tokens=3)
     for i, prompt in enumerate(prompts):
         ids = ids_of(twins.bridge, prompt.text)
@@ -310,12 +311,12 @@ def test_the_tables_say_everything(experiment: tv.Experiment) -> None:
     )
 
 
-def test_an_interrupted_run_goes_on_and_repeats_nothing(
+def test_an_interrupted_run_resumes_and_repeats_nothing(
     llama: Twins, experiment: tv.Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swept: list[str] = []
     extracted: list[str] = []
-    really_sweep, really_extract = experiments.sweep_layers, experiments.extract
+    really_sweep, really_extract = experiments.sweep_layers, extraction.extract
 
     def sweep(engine: Any, task: Task, *args: Any, **options: Any) -> Sweep:
         swept.append(task.name)
@@ -323,12 +324,12 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(
             raise KeyboardInterrupt
         return really_sweep(engine, task, *args, **options)
 
-    def extract(engine: Any, prompts: Any, substitutes: Any) -> TaskVectors:
+    def extract(engine: Any, prompts: Any, substitutes: Any, **options: Any) -> TaskVectors:
         extracted.append(prompts[0].task)
-        return really_extract(engine, prompts, substitutes)
+        return really_extract(engine, prompts, substitutes, **options)
 
     monkeypatch.setattr(experiments, "sweep_layers", sweep)
-    monkeypatch.setattr(experiments, "extract", extract)
+    monkeypatch.setattr(extraction, "extract", extract)
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder)
@@ -341,11 +342,8 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(
         assert torch.equal(found.vectors[name].values, vectors.values)
 
     swept.clear(), extracted.clear()
-    llama.bridge.original_model.register_forward_pre_hook(refuse)
-    try:
-        assert tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder) == experiment
-    finally:
-        llama.bridge.original_model._forward_pre_hooks.popitem()
+    monkeypatch.setattr(tv.LocalEngine, "forward", refuse)
+    assert tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder) == experiment
     assert (swept, extracted) == ([], [])
     assert not [path for path in folder.iterdir() if path.suffix not in (".json", ".safetensors")]
 
@@ -383,7 +381,7 @@ def test_a_damaged_result_is_named(llama: Twins, tmp_path: Path) -> None:
             tv.run_experiment(llama.bridge, [WORDS], **SMALL, folder=tmp_path)
 
 
-def test_task_names_that_no_file_could_have_stay_apart(llama: Twins, tmp_path: Path) -> None:
+def test_task_names_that_no_file_could_have_are_kept_apart(llama: Twins, tmp_path: Path) -> None:
     tasks = [replace(WORDS, name=name) for name in ("a/b", "a:b", "../c", "é" * 200)]
     found = tv.run_experiment(llama.bridge, tasks, **SMALL, folder=tmp_path / "run")
     assert len(list((tmp_path / "run").glob("task-*.json"))) == 4
@@ -403,7 +401,7 @@ def test_results_are_saved_and_read_back(experiment: tv.Experiment, tmp_path: Pa
     content = (tmp_path / "e.json").read_bytes()
     for wrong in (content[:-9], b"{}", b"[" * 100_000, b"\x00\xff"):
         (tmp_path / "e.json").write_bytes(wrong)
-        with pytest.raises(ValueError, match=r"e.json: no saved experiment, or a damaged one"):
+        with pytest.raises(ValueError, match=r"e.json: not a saved experiment, or the file is corrupted"):
             tv.Experiment.load(tmp_path / "e.json")
 
 
@@ -429,7 +427,7 @@ def test_wrong_use_of_an_experiment_says_what_to_do(llama: Twins, tmp_path: Path
     few = Task("few", ("a", "b", "c", "d"), str.upper)
     for tasks, options, message in (
         ([], {}, "at least one"),
-        ([WORDS, WORDS], {}, "a name of its own"),
+        ([WORDS, WORDS], {}, "each with a different name"),
         ([WORDS], {"n_dev": 0}, "n_dev=0"),
         ([WORDS], {"shots": 0}, "shots=0"),
         ([WORDS, few], {"shots": 5}, "task 'few': 5 shots and a query need 6"),
@@ -480,7 +478,7 @@ def test_vectors_of_another_number_are_refused_by_an_evaluation(gpt2: Twins, as_
     gpt2.bridge.original_model.register_forward_pre_hook(refuse)
     prompts = WORDS.sample(5, shots=2, seed=0)
     with pytest.raises(ValueError, match="3 vectors for 5 prompts"):
-        tv.evaluate(gpt2.bridge, WORDS, prompts, TaskVectors(torch.ones(3, 4, 32), "m", "t"), 1)
+        tv.evaluate(gpt2.bridge, WORDS, prompts, TaskVectors(torch.ones(3, 4, 32), "tiny-gpt2", "t"), 1)
     with pytest.raises(ValueError, match="vectors are a Tensor"):
         tv.evaluate(gpt2.bridge, WORDS, prompts, torch.ones(1, 32), 1)  # type: ignore[arg-type]
 
@@ -496,8 +494,8 @@ def test_a_folder_is_of_one_models_weights(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_of_one_rule(gpt2: Twins, tmp_path: Path) -> None:
-    """Two lambdas have one name."""
-    yes, no = (replace(WORDS, accepts=rule) for rule in (lambda p, a: True, lambda p, a: False))
+    yes = replace(WORDS, accepts=tv.Rule("yes", lambda p, a: True))
+    no = replace(WORDS, accepts=tv.Rule("no", lambda p, a: False))
     found = tv.run_experiment(gpt2.bridge, [yes], folder=tmp_path, **FEW)
     assert found.results[0].evaluation.patched.accuracy == 1
     with pytest.raises(ValueError, match="other settings .rules was"):

@@ -1,40 +1,45 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from conftest import Twins, ids_of, make_twins, plain_run
+from models import Twins, ids_of, make_twins
+from oracle import plain_run
 from torch import Tensor
 
 import tv_lens as tv
-from tv_lens import Example, Prompt, TaskVectors
+from tv_lens import Example, Prompt, Site, TaskVectors
+from tv_lens.engines import Engine, ModelInfo, Pass, TextCodec
 
 
-class Canned:
-    """An engine by the contract alone: its reads are given, by text."""
+class Numbered(TextCodec):
+    """Each known text is one token: its number."""
 
-    n_layers, d_model = 3, 4
+    def __init__(self, info: ModelInfo, texts: Sequence[str]) -> None:
+        super().__init__(info)
+        self.texts = list(texts)
+
+    def to_ids(self, text: str) -> list[int]:
+        return [self.texts.index(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise AssertionError("nothing to decode")
+
+
+class Canned(Engine):
+    """A minimal engine whose reads are given, by text."""
 
     def __init__(self, reads: dict[str, Tensor]) -> None:
-        self.reads, self.texts = reads, list(reads)
+        self.info = ModelInfo("Canned", n_layers=3, d_model=4)
+        self.text = Numbered(self.info, list(reads))
+        self.reads = reads
 
-    def batches(self, texts: Sequence[str]) -> Iterator[tv.Tokens]:
-        for text in texts:
-            ids = torch.tensor([[self.texts.index(text)]])
-            yield tv.Tokens(ids, torch.ones_like(ids))
-
-    def read(self, tokens: tv.Tokens, past: object = None) -> Tensor:
-        return torch.stack([self.reads[self.texts[i]] for i in tokens.ids[:, 0].tolist()])
-
-    def step(self, tokens: tv.Tokens, patch: tv.Patch | None = None, past: object = None) -> tuple[Tensor, object]:
-        raise AssertionError("extraction needs no logits")
-
-    def fork(self, past: object, copies: int = 1) -> object:
-        raise AssertionError("nothing to fork")
-
-    def decode(self, ids: Tensor) -> list[str]:
-        raise AssertionError("nothing to decode")
+    def forward(self, tokens: tv.Tokens, *, read: Sequence[Site] = (), logits: bool = True, **options: Any) -> Pass:
+        assert not logits, "extraction needs no logits"
+        texts = [self.text.texts[i] for i in tokens.ids[:, -1].tolist()]
+        return Pass(reads={site: torch.stack([self.reads[text] for text in texts]) for site in read})
 
 
 def test_the_worked_example() -> None:
@@ -96,7 +101,7 @@ def test_vectors_are_the_mean_of_plain_hooks(twins: Twins) -> None:
 def test_provenance_says_where_the_numbers_come_from() -> None:
     bridge = make_twins("llama").bridge
     task = tv.Task("upper", tuple("abcdefgh"), str.upper)
-    prompts = task.sample(2, shots=2, seed=0)
+    prompts = task.sample(2, shots=2, seed=0, template=tv.Template())
     substitutes = task.substitutes(prompts, 2, seed=0)
     vectors = tv.extract(tv.LocalEngine(bridge, prepend_bos=False), prompts, substitutes)
     assert (vectors.model, vectors.task, vectors.template) == ("tiny-llama", "upper", tv.Template())
@@ -107,6 +112,8 @@ def test_provenance_says_where_the_numbers_come_from() -> None:
     mean = vectors.mean()
     assert (len(mean), mean.method, mean.prompts) == (1, "mean of extract", vectors.prompts)
     torch.testing.assert_close(mean.values[0], (vectors.values[0] + vectors.values[1]) / 2)
+    assert vectors.options == {"substitutes": 2, "site": "resid_post", "positions": "last"}
+    assert (vectors.bos, vectors.site, vectors.op, vectors.layers) == ("", tv.RESID_POST, "set", (0, 1, 2, 3))
     assert repr(vectors) == "TaskVectors('upper' of tiny-llama: 2 prompts, 4 layers, d_model 32, extract)"
 
 
@@ -152,5 +159,5 @@ def test_vectors_keep_to_themselves_and_hold_no_nan() -> None:
 
 
 def test_values_of_another_shape_are_refused(as_users_run_it: None) -> None:
-    with pytest.raises(ValueError, match=r"shape \(3, 4\) are no task vectors"):
+    with pytest.raises(ValueError, match=r"shape \(3, 4\) are not task vectors"):
         TaskVectors(torch.zeros(3, 4), "m", "t")

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import Twins, ids_of, make_tokenizer, make_twins, plain_generate, plain_run, refuse, until_end
+from models import Twins, ids_of, make_tokenizer, make_twins
+from oracle import plain_generate, plain_run, refuse, until_end
 
 import tv_lens as tv
 from tv_lens import Prompt, TaskVectors, Template
+from tv_lens.engines import Capability
 
 NEVER = Template("{input} -> {output}", separator="\n\n\n\n")  # rows run to max_new_tokens
 QUERIES = ("big", "a", "the quick brown fox", "tall and wet")
@@ -15,7 +19,7 @@ PROMPTS = [Prompt((), query, template=NEVER) for query in QUERIES]
 def vectors_for(twins: Twins, n: int, seed: int = 3) -> TaskVectors:
     cfg = twins.bridge.cfg
     values = torch.randn(n, cfg.n_layers, cfg.d_model, generator=torch.Generator().manual_seed(seed)) * 3
-    return TaskVectors(values, model="tiny", task="t")
+    return TaskVectors(values, model=cfg.model_name, task="t")
 
 
 def test_patched_logits_are_a_plain_hook_that_overwrites(twins: Twins) -> None:
@@ -46,11 +50,11 @@ def test_a_batch_gives_what_each_row_gives_alone(twins: Twins, make_sampler) -> 
     vectors, sampler = vectors_for(twins, 4), make_sampler()
     together = tv.patch_generate(twins.bridge, PROMPTS, vectors, 1, sampler=sampler)
     for i, prompt in enumerate(PROMPTS):
-        own = TaskVectors(vectors.values[i : i + 1], "tiny", "t")
+        own = replace(vectors, values=vectors.values[i : i + 1])
         [alone] = tv.patch_generate(twins.bridge, [prompt], own, 1, sampler=sampler)
         assert alone == together[i]
     order = [2, 0, 3, 1]
-    shuffled = TaskVectors(vectors.values[order], "tiny", "t")
+    shuffled = replace(vectors, values=vectors.values[order])
     engine = tv.LocalEngine(twins.bridge, batch_size=3, progress=False)
     again = tv.patch_generate(engine, [PROMPTS[i] for i in order], shuffled, 1, sampler=sampler)
     assert [again[order.index(i)] for i in range(4)] == list(together)
@@ -67,7 +71,7 @@ def test_patch_generate_leaves_the_demonstrations_out() -> None:
 def test_one_vector_serves_every_row() -> None:
     twins = make_twins("llama")
     mean = vectors_for(twins, 4).mean()
-    repeated = TaskVectors(mean.values.expand(4, -1, -1), "tiny", "t")
+    repeated = replace(mean, values=mean.values.expand(4, -1, -1))
     one, four = (tv.patched_logits(twins.bridge, PROMPTS, each, 2) for each in (mean, repeated))
     assert torch.equal(one, four)
 
@@ -123,7 +127,7 @@ def test_sampling_follows_the_seed_and_the_distribution() -> None:
     torch.testing.assert_close(cold, torch.tensor([0.36, 0.09, 0.01]) / 0.46, atol=0.03, rtol=0)
 
 
-def test_equal_prompts_draw_for_themselves() -> None:
+def test_identical_prompts_are_sampled_independently() -> None:
     twins = make_twins("llama")
     found = tv.generate(twins.bridge, PROMPTS[:1] * 10, sampler=tv.sample(temperature=3.0), max_new_tokens=4)
     assert len(set(found)) > 5
@@ -171,7 +175,7 @@ def test_wrong_use_says_what_to_do(as_users_run_it: None) -> None:
         tv.generate(bridge, [PROMPTS[0], Prompt((), "b " * 20)], max_new_tokens=100)
 
 
-def test_vectors_of_one_layer_are_told_apart(as_users_run_it: None) -> None:
+def test_a_tensor_instead_of_vectors_is_refused(as_users_run_it: None) -> None:
     twins = make_twins("gpt2")
     with pytest.raises(ValueError, match="vectors are a Tensor; pass the TaskVectors themselves"):
         tv.patch_generate(twins.bridge, PROMPTS, vectors_for(twins, 4).at(1), 1)  # type: ignore[arg-type]
@@ -183,16 +187,16 @@ def test_each_step_draws_anew() -> None:
     assert len(set(found.tokens[0].tolist())) > 6
 
 
-def test_an_engine_that_gives_no_past_gives_one_token_and_refuses_more() -> None:
+def test_an_engine_that_cannot_continue_gives_one_token_and_refuses_more() -> None:
     twins = make_twins("gpt2")
     engine = tv.LocalEngine(twins.bridge)
-    engine.continues = False  # type: ignore[attr-defined]
+    engine.capabilities -= {Capability.CONTINUE}
     assert tv.generate(engine, PROMPTS, max_new_tokens=1).tokens.shape == (4, 1)
     for call in (
         lambda: tv.generate(engine, PROMPTS),
         lambda: tv.patch_generate(engine, PROMPTS, vectors_for(twins, 4), 1, max_new_tokens=2),
     ):
-        with pytest.raises(ValueError, match="tiny-gpt2 gives nothing to go on from .* max_new_tokens=1"):
+        with pytest.raises(ValueError, match="tiny-gpt2 cannot generate more than one token; this engine has PATCH, "):
             call()
 
 

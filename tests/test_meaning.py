@@ -9,7 +9,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from conftest import Twins, make_twins
+from models import Twins, make_twins
 from scipy.spatial.distance import cdist
 from test_extraction import Canned
 from transformer_lens.model_bridge import TransformerBridge
@@ -73,7 +73,7 @@ def test_wrong_use_of_top_tokens_says_what_to_do(gpt2: Twins) -> None:
         tv.top_tokens(gpt2.bridge, vectors, 1, k=0)
     with pytest.raises(ValueError, match=r"1, 300.*301"):
         tv.top_tokens(gpt2.bridge, vectors, 1, k=301)
-    with pytest.raises(TypeError, match="Canned runs where its unembedding cannot be had"):
+    with pytest.raises(TypeError, match="Canned cannot read vectors through the model's unembedding"):
         tv.top_tokens(Canned({}), TaskVectors(torch.ones(1, 3, 4), "m", "t"), 1)
 
 
@@ -178,7 +178,7 @@ def test_wrong_use_of_a_comparison_says_what_to_do(as_users_run_it: None) -> Non
     for call in (tv.compare_tasks, tv.map_vectors):
         with pytest.raises(ValueError, match="give a list of TaskVectors"):
             call(a, 1)  # type: ignore[operator]
-        with pytest.raises(ValueError, match="each task once and by a name of its own"):
+        with pytest.raises(ValueError, match="each task once and under a different name"):
             call([a, a], 1)  # type: ignore[operator]
         with pytest.raises(ValueError, match="two vectors or more"):
             call([], 1)  # type: ignore[operator]

@@ -13,11 +13,11 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import Twins, make_twins
+from models import Twins, make_twins
 
 import tv_lens as tv
 
@@ -62,7 +62,7 @@ def engine_of(twins: Twins) -> tv.LocalEngine:
 
 PROMPTS = TASK.sample(2000, shots=3, seed=0)
 SUBSTITUTES = TASK.substitutes(PROMPTS, 1, seed=0)
-ONE = tv.TaskVectors(torch.ones(1, 4, 32), "m", "t")
+ONE = tv.TaskVectors(torch.ones(1, 4, 32), "tiny-llama", "t")
 
 CALLS: dict[str, Callable[[Any, int], Any]] = {
     "extract": lambda model, n: tv.extract(model, PROMPTS[:n], SUBSTITUTES[:n]),
@@ -92,10 +92,12 @@ def test_ten_times_the_prompts_hold_no_more_than_their_result(llama: Twins, call
 class Hoarder(tv.LocalEngine):
     """An engine that keeps every cache."""
 
-    def step(self, tokens: tv.Tokens, patch: tv.Patch | None = None, past: Any = None) -> Any:
-        logits, past = super().step(tokens, patch, past)
-        self.kept = [*getattr(self, "kept", []), self.fork(past)]
-        return logits, past
+    kept: ClassVar[list[Any]] = []
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        made = super().forward(*args, **{**options, "keep_past": True})
+        self.kept.append(self.fork(made.past))
+        return made
 
 
 def test_the_measure_sees_a_cache_that_is_kept(llama: Twins) -> None:
@@ -108,7 +110,7 @@ def test_the_measure_sees_a_cache_that_is_kept(llama: Twins) -> None:
 
 
 @pytest.mark.parametrize("call", ["extract", "extract_across", "patch_generate"])
-def test_nor_do_pythons_own_objects_grow_with_the_square(llama: Twins, call: str) -> None:
+def test_python_objects_do_not_grow_with_the_square_either(llama: Twins, call: str) -> None:
     """Two thousand lists of two thousand numbers would be 150 MB."""
     tracemalloc.start()
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Twins, make_tokenizer, make_twins
+from models import Twins, make_tokenizer, make_twins
 
 import tv_lens as tv
 
@@ -95,7 +95,7 @@ def touched() -> Twins:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_nothing_is_left_changed(touched: Twins, call: str) -> None:
-    vectors = tv.TaskVectors(torch.ones(4, 4, 32), "m", "t")
+    vectors = tv.TaskVectors(torch.ones(4, 4, 32), "tiny-gpt2", "t")
     before = state_of(touched)
     CALLS[call](touched.bridge, vectors)
     assert_same(before, state_of(touched))
@@ -111,7 +111,7 @@ def test_nothing_is_left_changed_when_the_model_raises(touched: Twins, call: str
     try:
         before = state_of(touched)
         with pytest.raises(error, match="in the middle"):
-            CALLS[call](touched.bridge, tv.TaskVectors(torch.ones(4, 4, 32), "m", "t"))
+            CALLS[call](touched.bridge, tv.TaskVectors(torch.ones(4, 4, 32), "tiny-gpt2", "t"))
         assert_same(before, state_of(touched))
     finally:
         handle.remove()

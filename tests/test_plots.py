@@ -9,16 +9,13 @@ import sys
 import plotly.graph_objects as go
 import pytest
 import torch
+from results import make_settings, score_of
 
 import tv_lens as tv
-from tv_lens import Conflict, Evaluation, Experiment, Score, Sweep, TaskResult, TaskVectors, TopTokens
+from tv_lens import Conflict, Evaluation, Experiment, Sweep, TaskResult, TaskVectors, TopTokens
 
 EVIL = "<script>%{x}</script>"
 SHOWN = "&lt;script&gt;%&#123;x}&lt;/script&gt;"
-
-
-def score_of(right: int, n: int = 10) -> Score:
-    return Score(("x",) * n, ("y",) * n, (True,) * right + (False,) * (n - right))
 
 
 SWEEP = Sweep((2, 0, 3), (score_of(8), score_of(0), score_of(8)), n_layers=4)
@@ -28,11 +25,18 @@ EVALUATION = Evaluation(
 CONFLICT = Conflict(EVIL, "rival", 2, score_of(9), score_of(0), score_of(3), score_of(7))
 RESULTS = tuple(
     TaskResult(
-        name, "c", SWEEP, EVALUATION if name == "b" else Evaluation(3, *[score_of(5)] * 3, controls), None, (), ()
+        name,
+        "c",
+        SWEEP,
+        EVALUATION if name == "b" else Evaluation(3, *[score_of(5)] * 3, controls),
+        None,
+        ("dev",) * 10,
+        ("test",) * 10,
+        ("query",) * 10,
     )
     for name, controls in ((EVIL, {"random": score_of(3)}), ("b", {}))
 )
-EXPERIMENT = Experiment({"model": "tiny", "scoring": "full answer"}, RESULTS)
+EXPERIMENT = Experiment(make_settings(tasks=(EVIL, "b")), RESULTS)
 ROWS = (([0, 1], EVIL), ([1, 2, 2], "b"), ([0], "c"))
 ALIKE = tv.compare_tasks([TaskVectors(torch.eye(3)[rows, None], "tiny", name) for rows, name in ROWS], 0)
 MAP = tv.map_vectors([TaskVectors(torch.eye(4)[:3, None], "m", EVIL), TaskVectors(torch.eye(4)[3:, None], "m", "b")], 0)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import count_positions, ids_of, make_tokenizer, make_twins, plain_run
+from models import ids_of, make_tokenizer, make_twins
+from oracle import count_positions, plain_run
 from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv

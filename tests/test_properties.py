@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import Twins, make_tokenizer, make_twins, plain_generate, plain_run, refuse
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from models import Twins, make_tokenizer, make_twins
+from oracle import plain_generate, plain_run, refuse
+from passes import logits_of, read_texts
 from torch import Tensor
 
 import tv_lens as tv
@@ -82,13 +85,6 @@ def ids(text: str) -> Tensor:
     return torch.tensor([found[1:] if text.startswith("<s>") else found])
 
 
-def spread(engine: tv.LocalEngine, texts: list[str], run: Callable[[tv.Tokens], Tensor]) -> Tensor:
-    found: dict[int, Tensor] = {}
-    for tokens in engine.batches(texts):
-        found.update(zip(tokens.rows, run(tokens), strict=True))
-    return torch.stack([found[row] for row in range(len(texts))])
-
-
 # Models
 
 
@@ -100,9 +96,9 @@ def test_reads_and_logits_are_those_of_each_text_alone(name: str, texts: list[st
     twins = twins_of(name)
     engine = tv.LocalEngine(twins.bridge, batch_size=batch_size, prepend_bos=True, progress=False)
     expected = [plain_run(twins, ids(text)) for text in texts]
-    reads = spread(engine, texts, engine.read)
+    reads = read_texts(engine, texts)
     torch.testing.assert_close(reads, torch.stack([each[0] for each in expected]), atol=2e-4, rtol=1e-4)
-    logits = spread(engine, texts, lambda tokens: engine.step(tokens)[0])
+    logits = logits_of(engine, texts)
     torch.testing.assert_close(logits, torch.stack([each[1] for each in expected]), atol=2e-4, rtol=1e-4)
 
 
@@ -136,7 +132,7 @@ def test_tokens_are_those_of_each_prompt_alone(
     prompts = [tv.Prompt(tuple(tv.Example(*pair) for pair in shots), query) for shots, query in drawn]
     engine = tv.LocalEngine(twins.bridge, batch_size=batch_size, progress=False)
     noise = torch.randn(len(prompts), 4, 32, generator=torch.Generator().manual_seed(seed)) * 2
-    vectors = tv.TaskVectors(noise, "tiny", "noise")
+    vectors = tv.TaskVectors(noise, f"tiny-{name}", "noise")
     plain = tv.generate(engine, prompts, max_new_tokens=3)
     patched = tv.patch_generate(engine, prompts, vectors, layer, max_new_tokens=3)
     for row, prompt in enumerate(prompts):
@@ -186,7 +182,7 @@ def test_neither_order_nor_batch_size_changes_anything(
         return list(found) == [expected[i] for i in order]
 
     sweep = tv.sweep_layers(whole, task, prompts, vectors, max_new_tokens=2)
-    turned = tv.TaskVectors(vectors.values[list(order)], "tiny", "t")
+    turned = replace(vectors, values=vectors.values[list(order)], terms=())
     swept = tv.sweep_layers(other, task, mixed, turned, max_new_tokens=2)
     for layer in range(4):
         assert same(swept.at(layer).texts, sweep.at(layer).texts)

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import Twins, ids_of, make_tokenizer, make_twins, plain_generate, plain_run, until_end
+from models import Twins, ids_of, make_tokenizer, make_twins
+from oracle import plain_generate, plain_run, until_end
+from passes import read_texts, tokens_of
 from transformer_lens.model_bridge import RemoteBridge, TransformerBridge
 from transformer_lens.model_bridge.sources.vllm.driver import VLLMDriver
 
@@ -69,7 +71,8 @@ def same(pair: Pair) -> None:
     """Every verb, remote against local; local is held to plain hooks by the tests of the engine."""
     remote, local = (tv.engine_for(bridge) for bridge in pair[:2])
     assert isinstance(remote, tv.RemoteEngine)
-    assert (remote.name, remote.ends, remote.pad) == (local.name, local.ends, local.pad)  # type: ignore[attr-defined]
+    assert remote.name == local.name
+    assert (remote.info.end_ids, remote.info.pad_id) == (local.info.end_ids, local.info.pad_id)
     vectors, expected = (tv.extract(each, PROMPTS, SUBSTITUTES) for each in (remote, local))
     torch.testing.assert_close(vectors.values, expected.values, atol=1e-4, rtol=0)
     for layer in (0, [3, 2, 1, 0]):
@@ -98,10 +101,8 @@ def test_inspect_reads_and_writes_as_plain_hooks(inspected: Pair) -> None:
     engine, twins = tv.RemoteEngine(inspected.remote, batch_size=3), inspected.twins
     vectors = torch.randn(4, engine.n_layers, engine.d_model, generator=torch.Generator().manual_seed(3)) * 3
     asked = [prompt.zero_shot() for prompt in PROMPTS]
-    reads = torch.empty_like(vectors)
-    for tokens in engine.batches([prompt.text for prompt in asked]):
-        reads[list(tokens.rows)] = engine.read(tokens)
-    task_vectors = tv.TaskVectors(vectors, "tiny", "t")
+    reads = read_texts(engine, [prompt.text for prompt in asked])
+    task_vectors = tv.TaskVectors(vectors, engine.name, "t")
     found = tv.patched_logits(engine, PROMPTS, task_vectors, 2)
     chosen = tv.patch_generate(engine, PROMPTS, task_vectors, 2, max_new_tokens=3).tokens
     for i, prompt in enumerate(asked):
@@ -115,11 +116,12 @@ def test_inspect_reads_and_writes_as_plain_hooks(inspected: Pair) -> None:
 def test_a_read_sees_the_patches_before_it(inspected: Pair) -> None:
     """A row patched at its second position, read at its third: a plain hook at the second."""
     engine, twins = tv.RemoteEngine(inspected.remote), inspected.twins
-    [tokens] = engine.batches(["hot"])
+    tokens = tokens_of(engine, ["hot"])
     at = tokens.ids.shape[1] - 1
     vector = torch.full((1, 32), 2.0)
-    _, past = engine.step(tokens, tv.Patch(vector, torch.tensor([1])))
-    found = engine.read(tokens.then(torch.tensor([7])), engine.fork(past))
+    past = engine.forward(tokens, edits=tv.Edits.per_row(vector, torch.tensor([1]))).past
+    then = tokens.then(torch.tensor([7]))
+    found = engine.forward(then, read=[tv.RESID_POST], past=engine.fork(past)).reads[tv.RESID_POST]
     ids = torch.cat([tokens.ids, torch.tensor([[7]])], dim=1)
     torch.testing.assert_close(found[0], plain_run(twins, ids, (1, at, vector[0]))[0], atol=1e-4, rtol=0)
 
@@ -130,7 +132,7 @@ def test_wrong_use_is_refused_before_anything_runs(inspected: Pair, monkeypatch:
     with pytest.raises(ValueError, match=f"prompt 1 has [0-9]+ tokens, with 7 more to come, and the context of {name}"):
         tv.generate(inspected.remote, [tv.Prompt((), "a"), tv.Prompt((), "b " * 61)])
     with pytest.raises(ValueError, match="layer 4 is not one of"):
-        tv.patch_generate(inspected.remote, PROMPTS, tv.TaskVectors(torch.zeros(4, 4, 32), "m", "t"), 4)
+        tv.patch_generate(inspected.remote, PROMPTS, tv.TaskVectors(torch.zeros(4, 4, 32), name, "t"), 4)
 
 
 def test_what_cannot_patch_says_so_before_anything_runs(inspected: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,12 +163,12 @@ def test_what_cannot_patch_says_so_before_anything_runs(inspected: Pair, monkeyp
     monkeypatch.setattr(inspected.remote, "_driver", driver)
     each_is_refused("was booted without enable_position_interventions=True, so no vector .*boot_vllm")
     engine = tv.RemoteEngine(inspected.remote)
-    assert (engine.n_ctx, engine.ends) == (64, {1, 5})
+    assert (engine.info.n_ctx, engine.info.end_ids) == (64, {1, 5})
     with pytest.raises(ValueError, match="is 64"):
-        engine.batches(["b " * 35])
+        engine.text.encode(["b " * 35])
 
 
-def test_a_local_bridge_is_no_remote_one(as_users_run_it: None) -> None:
+def test_a_local_bridge_is_not_a_remote_one(as_users_run_it: None) -> None:
     bridge = make_twins("gpt2").bridge
     with pytest.raises(TypeError, match="RemoteEngine runs a RemoteBridge, not a TransformerBridge; .*boot_vllm"):
         tv.RemoteEngine(bridge)  # type: ignore[arg-type]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from html import escape, unescape
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_twins
+from models import make_twins
 from test_cli import call
 
 import tv_lens as tv
@@ -162,7 +163,7 @@ def test_the_page_says_how_to_repeat_the_run(changes: dict[str, Any], tmp_path: 
     if "max_new_tokens" not in changes:  # which has a rule of its own
         assert "replace(tv.library()['to_lower'], accepts=tv.exact_match)" in code
     assert "TransformerBridge.boot_transformers('tiny-gpt2', dtype=torch.float32)" in code
-    # What only the one who ran it can fill in: tasks of one's own, and a model that is on no hub.
+    # What only the user can fill in: custom tasks, and a model that is not on the hub.
     code = code.replace("own = {} ", "own = given ").replace("transformer_lens.TransformerBridge.boot_", "given_")
     found: dict[str, Any] = {"given": {"own": own}, "given_transformers": lambda name, dtype: model}
     exec(code, found)
@@ -173,22 +174,25 @@ def test_the_page_says_how_to_repeat_the_run(changes: dict[str, Any], tmp_path: 
     assert f"<dd>{experiment.settings['template']['example']!r}, between demonstrations" in text
 
 
-def test_results_of_before_are_shown_or_refused(experiment: tv.Experiment, tmp_path: Path) -> None:
-    """Without queries the prompts stand for them; without settings there is nothing to tell."""
-    older = replace(experiment, results=tuple(replace(result, queries=()) for result in experiment.results))
-    older.report(tmp_path / "older.html")
-    assert escape(experiment.results[0].test_prompts[0], quote=False) in unescape_quotes(tmp_path / "older.html")
-    without = {name: value for name, value in experiment.settings.items() if name not in ("layers", "rules")}
-    with pytest.raises(ValueError, match="lack the settings rules, layers"):
-        replace(experiment, settings=without).report(tmp_path / "none.html")
-    assert [path.name for path in tmp_path.iterdir()] == ["older.html"]
+def test_results_that_lack_something_are_refused(experiment: tv.Experiment, tmp_path: Path) -> None:
+    """A page never says less than the run: what a page needs is what a file must have."""
+    experiment.save(tmp_path / "whole.json")
+    for lacking in ("layers", "rules"):
+        data = json.loads((tmp_path / "whole.json").read_text(encoding="utf-8"))
+        del data["settings"][lacking]
+        (tmp_path / "less.json").write_text(json.dumps(data), encoding="utf-8")
+        with pytest.raises(
+            ValueError, match=rf"less.json: not a saved experiment, .*missing required field `{lacking}`"
+        ):
+            tv.Experiment.load(tmp_path / "less.json")
+    data = json.loads((tmp_path / "whole.json").read_text(encoding="utf-8"))
+    data["results"][0]["queries"] = []
+    (tmp_path / "less.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ValueError, match="16 test prompts, 0 queries, for 6 and 16 answers"):
+        tv.Experiment.load(tmp_path / "less.json")
 
 
-def unescape_quotes(path: Path) -> str:
-    return path.read_text(encoding="utf-8").replace("&#39;", "'").replace("&#34;", '"')
-
-
-def test_the_page_needs_nothing_beside_it(page: Path) -> None:
+def test_the_page_needs_no_other_file(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for wanted in ("<link", "src=", "@import"):
         assert wanted not in text.split("<script>")[0]
@@ -206,5 +210,5 @@ def test_the_command_makes_the_page_of_a_saved_run(
     code, _, err = call(capsys, "report", saved, "--to", str(tmp_path / "page.pdf"))
     assert (code, "must end in .html" in err) == (2, True)
     code, _, err = call(capsys, "report", str(page), "--to", str(made))
-    assert (code, "no saved experiment" in err) == (1, True)
+    assert (code, "not a saved experiment" in err) == (1, True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "run.json"]

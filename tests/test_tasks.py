@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_twins
+from models import make_twins
 
 from tv_lens import Task, Template, exact_match, first_token, starts_with
 
@@ -75,7 +75,7 @@ def test_sampling_is_the_same_in_every_process() -> None:
         ),
         (lambda: TASK.substitutes([], 0, seed=0), "0 substitutes"),
         (lambda: TASK.split(0.01, seed=0), "0.01 of 30 inputs leaves 0 and 30"),
-        (lambda: Task("t", ("a", "b", "a"), str.upper), "1 inputs stand more than once .'a'."),
+        (lambda: Task("t", ("a", "b", "a"), str.upper), "1 duplicate inputs .'a'."),
     ],
 )
 def test_too_few_inputs_says_how_many(call, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -117,7 +117,7 @@ def test_files_hold_what_was_written(tmp_path: Path, name: str, content: str) ->
         ("t.txt", b"hot cold", r"t.txt: a task is read from .json or .csv"),
         ("t.json", b'{"hot": "cold"', r"t.json: .*delimiter"),
         ("t.json", b'"hot"', r"t.json: holds a str; expected an object"),
-        ("t.json", b'{"hot": "cold", "hot": "warm"}', r"t.json, key 2: input 'hot' stands a second time"),
+        ("t.json", b'{"hot": "cold", "hot": "warm"}', r"t.json, key 2: duplicate input 'hot'"),
         ("t.json", b'{"two": 2}', r"t.json, key 1: .'two', 2. is not a pair of non-empty texts"),
         ("t.json", b'[["a", "b"], ["c"]]', r"t.json, pair 2: .'c'. is not a pair"),
         ("t.json", b"[" * 100_000, r"t.json: nested too deeply"),
@@ -170,7 +170,7 @@ def test_a_first_token_is_whole_and_in_its_place() -> None:
     bridge = make_twins("llama").bridge
     assert bridge.tokenizer.tokenize("x -> cold")[-1] == "Ġcold"
     assert bridge.tokenizer.tokenize("x->zebra")[-4:] == ["z", "e", "br", "a"]
-    spaced, tight = first_token(bridge), first_token(bridge, Template("{input}->{output}"))
+    spaced, tight = first_token(bridge, Template()), first_token(bridge, Template("{input}->{output}"))
     assert spaced(" cold", "cold")
     assert spaced("zebra crossing", "zebra")
     assert tight("z", "zebra")
@@ -183,7 +183,7 @@ def test_a_first_token_is_whole_and_in_its_place() -> None:
         assert not rule(wrong, answer)
 
 
-def test_a_first_token_that_is_no_character_tells_nothing() -> None:
+def test_a_first_token_that_is_only_part_of_a_character_is_not_accepted() -> None:
     """The tiny tokenizer writes 北 and 東 as three byte tokens each, which all read as U+FFFD."""
     rule = first_token(make_twins("llama").bridge, Template("{input}->{output}"))
     assert not rule("\ufffd", "東京")

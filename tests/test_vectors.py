@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from tv_lens import TaskVectors, Template
 from tv_lens.files import write_whole
+from tv_lens.vector_files import FORMAT
 
 VECTORS = TaskVectors(
     torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)) * 1e-3,
@@ -93,12 +94,12 @@ def test_other_tensors_say_so(tmp_path: Path, content: bytes) -> None:
         with pytest.raises(ValueError, match=r"bad.safetensors: holds .*, not task vectors"):
             load(tmp_path, save({"values": wrong}, header))
     with pytest.raises(ValueError, match="NaN or infinity"):
-        load(tmp_path, save({"values": torch.full((1, 2, 3), torch.nan)}, header))
+        load(tmp_path, save({"values": torch.full((3, 4, 5), torch.nan)}, header))
 
 
 def test_a_newer_format_says_to_upgrade(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(ValueError, match=r"written in format 2 by a newer tv_lens; .* upgrade"):
-        load(tmp_path, with_header(content, format=2, task=...))
+    with pytest.raises(ValueError, match=rf"written in format {FORMAT + 1} by a newer tv_lens; .* upgrade"):
+        load(tmp_path, with_header(content, format=FORMAT + 1, task=...))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ few-shot prompt; layer `l` is always the output of block `l`.
 
 import lazy_loader
 
-# The names stand in `__init__.pyi`; each is imported when first used, so that `tv-lens --help` need not wait for torch.
+# Public names are listed in `__init__.pyi` and imported lazily, so that `tv-lens --help` does not import torch.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = "0.1.0"

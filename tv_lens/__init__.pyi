@@ -1,50 +1,100 @@
-"""The public names; `__init__.py` imports each when it is first asked for."""
+"""The public names; `__init__.py` imports each when it is first used."""
 
-from .answers import first_token
+from .answers import answer_logprobs, divergence, first_token
 from .demo import DemoModelError, demo_model
-from .engines import Engine, LocalEngine, Patch, RemoteEngine, Tokens, engine_for
-from .evidence.controls import shuffle_outputs
+from .edits import (
+    ATTN_OUT,
+    HEADS,
+    MLP_OUT,
+    RESID_POST,
+    Edit,
+    Edits,
+    Layers,
+    Patch,
+    Site,
+    Write,
+    add,
+    layers,
+    overwrite,
+)
+from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for
+from .errors import EngineError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
+from .evidence.controls import Control, OtherTask, RandomDirection, ShuffledDemonstrations, shuffle_outputs
 from .evidence.evaluation import conflict, evaluate, score, sweep_layers
 from .evidence.experiments import run_experiment
 from .evidence.results import Conflict, Evaluation, Experiment, Score, Sweep, TaskResult, mcnemar
+from .evidence.settings import Settings
 from .generation import Completions, generate, greedy, patch_generate, patched_logits, sample
 from .geometry import Similarities, VectorMap, compare_tasks, map_vectors, pca, similarity, tsne
-from .methods.extraction import extract, extract_across
-from .prompts import PAPER, Example, Prompt, Template
+from .inspection import TokenTable, show_tokens
+from .methods.base import Method
+from .methods.extraction import AcrossPrompts, Extraction, extract, extract_across
+from .prompts import PAPER, Example, PlainText, Prompt, PromptFormat, Template
+from .provenance import Provenance
 from .readout import TopTokens, top_tokens
 from .tasks.library import library
-from .tasks.rules import exact_match, starts_with
+from .tasks.rules import Rule, exact_match, starts_with
 from .tasks.task import Task
 from .vectors import TaskVectors
 
 __version__: str
 
 __all__ = [
+    "ATTN_OUT",
+    "HEADS",
+    "MLP_OUT",
     "PAPER",
+    "RESID_POST",
+    "AcrossPrompts",
     "Completions",
     "Conflict",
+    "Control",
     "DemoModelError",
+    "Edit",
+    "Edits",
     "Engine",
+    "EngineError",
     "Evaluation",
     "Example",
     "Experiment",
+    "Extraction",
+    "Layers",
     "LocalEngine",
+    "Method",
+    "MissingExtraError",
+    "OtherTask",
     "Patch",
+    "PlainText",
     "Prompt",
+    "PromptFormat",
+    "Provenance",
+    "RandomDirection",
     "RemoteEngine",
+    "Rule",
     "Score",
+    "Settings",
+    "ShuffledDemonstrations",
     "Similarities",
+    "Site",
     "Sweep",
     "Task",
     "TaskResult",
     "TaskVectors",
     "Template",
+    "TokenTable",
     "Tokens",
     "TopTokens",
+    "TvLensError",
+    "TvLensWarning",
+    "UnsupportedError",
     "VectorMap",
+    "Write",
+    "add",
+    "answer_logprobs",
     "compare_tasks",
     "conflict",
     "demo_model",
+    "divergence",
     "engine_for",
     "evaluate",
     "exact_match",
@@ -53,15 +103,18 @@ __all__ = [
     "first_token",
     "generate",
     "greedy",
+    "layers",
     "library",
     "map_vectors",
     "mcnemar",
+    "overwrite",
     "patch_generate",
     "patched_logits",
     "pca",
     "run_experiment",
     "sample",
     "score",
+    "show_tokens",
     "shuffle_outputs",
     "similarity",
     "starts_with",

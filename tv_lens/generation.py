@@ -1,57 +1,67 @@
-"""Let the model answer, with or without a task vector written into the prompt's last position."""
+"""Let the model answer, with or without task vectors written into the prompt."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import TypeAlias, overload
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.utilities.logits_utils import sample_logits
 from transformer_lens.utilities.statistics import derive_generator
+from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from tv_lens.engines import Engine, Past, Patch, Tokens, engine_for, engine_name, run_all
-from tv_lens.prompts import Prompt, check_prompts
-from tv_lens.vectors import TaskVectors, check_layer
+from tv_lens.edits import Edits, Positions, Write
+from tv_lens.engines import Capability, Engine, Model, Past, Stop, Tokens, engine_for, map_rows
+from tv_lens.errors import EngineError, TvLensError
+from tv_lens.patching import LayerChoice, Placement, check_vectors, edits_for
+from tv_lens.prompts import Prompt, as_prompts
+from tv_lens.vectors import TaskVectors
 
-# Next-token logits, and for each row a key that names its prompt and step, to the ids chosen. A sampler that
-# draws does so by the key, so that a row's draw does not hang on the rows it shares a batch with.
-Sampler = Callable[[Float[Tensor, "batch d_vocab"], Sequence[str]], Int[Tensor, " batch"]]
+# From next-token logits, and for each row a key that names its prompt and step, to the ids chosen. A sampler that
+# draws uses the key, so that a row's draw does not depend on the rest of its batch.
+Sampler: TypeAlias = Callable[[Float[Tensor, "batch d_vocab"], Sequence[str]], Int[Tensor, " batch"]]
 
 
 def greedy(logits: Float[Tensor, "batch d_vocab"], keys: Sequence[str]) -> Int[Tensor, " batch"]:
-    """The likeliest token of each row."""
+    """The most likely token of each row."""
     return logits.argmax(dim=-1)
 
 
 def sample(*, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> Sampler:
-    """A sampler: draws at `temperature`, from the `top_k` likeliest tokens or the likeliest of total
-    probability `top_p`. The draw depends on the seed, the prompt and the step alone: not on the batch, nor on
-    the caller's random state, which stays as it is. Of equal prompts each draws for itself.
+    """A sampler: draws at `temperature`, from the `top_k` most likely tokens or the most likely ones of total
+    probability `top_p`.
+
+    The draw depends on the seed, the prompt and the step alone: not on the batch, nor on the caller's random state,
+    which is not touched. Identical prompts are sampled independently.
 
     Raises:
-        ValueError: a value out of range, or both `top_k` and `top_p`.
+        TvLensError: a value out of range, or both `top_k` and `top_p`.
     """
     if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}; use a number above 0, or sampler=greedy")
+        raise TvLensError(f"temperature is {temperature}; use a number above 0, or sampler=greedy")
     if top_k is not None and top_p is not None:
-        raise ValueError("top_k and top_p are both given and only one of them can be used; leave one out")
+        raise TvLensError("top_k and top_p are both given and only one of them can be used; leave one out")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; use 1 or more")
+        raise TvLensError(f"top_k is {top_k}; use 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; use a probability above 0, up to 1")
+        raise TvLensError(f"top_p is {top_p}; use a probability above 0, up to 1")
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))]
+    if top_k is not None:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p is not None:
+        warpers.append(TopPLogitsWarper(float(top_p)))
 
     def draw(logits: Float[Tensor, "batch d_vocab"], keys: Sequence[str]) -> Int[Tensor, " batch"]:
-        chosen = []
-        # TransformerLens draws from torch's global generator; on the CPU, so no other device's is touched.
-        with torch.random.fork_rng(devices=[]):
-            for row, key in zip(logits.cpu(), keys, strict=True):
-                torch.default_generator.manual_seed(derive_generator(seed, key).initial_seed())
-                chosen.append(sample_logits(row[None], top_k=top_k, top_p=top_p, temperature=temperature))
+        scores = logits.cpu()
+        for warp in warpers:
+            scores = warp(None, scores)
+        chosen = [
+            torch.multinomial(row.softmax(dim=-1), 1, generator=derive_generator(seed, key))
+            for row, key in zip(scores, keys, strict=True)
+        ]
         return torch.cat(chosen)
 
     return draw
@@ -59,10 +69,11 @@ def sample(*, temperature: float = 1.0, top_k: int | None = None, top_p: float |
 
 @dataclass(frozen=True, eq=False)
 class Completions(Sequence[str]):
-    """The answers, as a sequence of texts: each up to its prompt's separator, stripped of white space.
+    """The answers, as a sequence of texts.
 
-    `tokens[i]` are the ids that prompt `i` chose, the separator or end of text among them; rows that ended
-    earlier than the longest are filled up with the tokenizer's padding id.
+    An answer to a `Prompt` is cut at the prompt's separator and stripped of white space; the continuation of a plain
+    string is kept as it is. `tokens[i]` are the ids that were chosen for prompt `i`, including the separator or the end
+    of text; rows that ended earlier than the longest are filled with the tokenizer's padding id.
     """
 
     texts: tuple[str, ...]
@@ -80,227 +91,243 @@ class Completions(Sequence[str]):
 
 
 def generate(
-    model: Any, prompts: Sequence[Prompt], *, max_new_tokens: int = 8, sampler: Sampler = greedy
+    model: Model, prompts: Sequence[Prompt | str], *, max_new_tokens: int = 8, sampler: Sampler = greedy
 ) -> Completions:
-    """The model's own answers to the prompts as they are, demonstrations included.
+    """The model's own answers to the prompts as they are, including their demonstrations.
 
     Raises:
-        ValueError: no prompts, or a prompt that leaves no room for the new tokens.
+        TvLensError: no prompts, or a prompt that leaves no room for the new tokens.
+        EngineError: the model's logits are NaN or infinite.
     """
-    engine = engine_for(model)
-    check_prompts(prompts)
-    return answer_all(engine, prompts, None, max_new_tokens, sampler)
+    engine, asked = engine_for(model), as_prompts(prompts)
+    check_new_tokens(engine, max_new_tokens)
+    ids = encode(engine, asked, max_new_tokens)
+    [answers] = answer(engine, asked, ids, [Edits()], max_new_tokens, sampler)
+    return completions(engine, answers)
 
 
 def patch_generate(
-    model: Any,
-    prompts: Sequence[Prompt],
+    model: Model,
+    prompts: Sequence[Prompt | str],
     vectors: TaskVectors,
-    layer: int | Sequence[int],
+    layer: LayerChoice,
     *,
+    how: Write | None = None,
+    positions: Positions = "last",
+    keep_demonstrations: bool = False,
     max_new_tokens: int = 8,
     sampler: Sampler = greedy,
 ) -> Completions:
-    """The answers to the queries alone, with task vectors written in (Hendel et al. 2023, section 3).
+    """The answers to the queries alone, with task vectors written into them (Hendel et al. 2023, section 3).
 
-    Each prompt is cut to its query. At its last position the output of block `layer` (one for all, or one a
-    prompt) is overwritten with that prompt's vector, or with the only one, as `vectors.mean()` gives it. The
-    patch is written once; later tokens see it through the cached keys and values, or, in models that keep no such cache
-    (mamba) and remote ones, the whole row is run again with the patch at the same position. `max_new_tokens=1` is the
-    paper's first-token protocol.
+    Each prompt is cut to its query (unless `keep_demonstrations`) and run once with its own vector, or with the only
+    one, as `vectors.mean()` gives it. Later tokens see what was written through the cached keys and values; models that
+    keep no such cache (mamba) and remote ones run the whole row again, with the vector at the same position.
+    `max_new_tokens=1` is the paper's first-token protocol.
+
+    Args:
+        layer: the block whose output is written to: one for all prompts, one for each, or `layers(3, 7, 12)` for
+            several at once.
+        how: `overwrite`, or `add(strength, every_step=, keep_norm=)`; None writes the vectors the way they are meant.
+        positions: where in the prompt: "last", "separators", "outputs", "query", "all", or negative numbers that count
+            from its end. `show_tokens` shows what each of these touches.
+        keep_demonstrations: run the whole prompts.
 
     Raises:
-        ValueError: no prompts, vectors of other sizes than the model's or another number, a layer out of range, a
-            prompt that leaves no room for the new tokens, or a remote model booted without what patching needs.
+        TvLensError: no prompts, vectors of other sizes than the model's or another number, a layer or position out of
+            range, a prompt that leaves no room for the new tokens, or a model that cannot be patched.
+        EngineError: the model's logits are NaN or infinite.
     """
-    engine = engine_for(model)
-    check_prompts(prompts)
-    patch = patch_for(engine, len(prompts), vectors, layer)
-    return answer_all(engine, [prompt.zero_shot() for prompt in prompts], patch, max_new_tokens, sampler)
+    engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations)
+    asked = placement.prompts(as_prompts(prompts))
+    check_vectors(engine, vectors, len(asked))
+    check_new_tokens(engine, max_new_tokens)
+    ids = encode(engine, asked, max_new_tokens)
+    edits = edits_for(engine, asked, ids, vectors, layer, placement)
+    [answers] = answer(engine, asked, ids, [edits], max_new_tokens, sampler)
+    return completions(engine, answers)
 
 
 def patched_logits(
-    model: Any, prompts: Sequence[Prompt], vectors: TaskVectors, layer: int | Sequence[int]
+    model: Model,
+    prompts: Sequence[Prompt | str],
+    vectors: TaskVectors,
+    layer: LayerChoice,
+    *,
+    how: Write | None = None,
+    positions: Positions = "last",
+    keep_demonstrations: bool = False,
 ) -> Float[Tensor, "prompt d_vocab"]:
-    """Next-token logits after the queries alone with task vectors written in, as in `patch_generate`;
-    float32, on the CPU.
+    """Next-token logits after the queries alone with task vectors written in, as in `patch_generate`; float32, on the
+    CPU.
 
     Raises:
-        ValueError: as `patch_generate`.
+        TvLensError: as `patch_generate`.
     """
-    engine = engine_for(model)
-    check_prompts(prompts)
-    patch = patch_for(engine, len(prompts), vectors, layer)
-    logits: list[Tensor] = [torch.empty(0)] * len(prompts)
-
-    def work(rows: list[int], tokens: Tokens, past: Past) -> None:
-        for row, result in zip(rows, engine.step(tokens, patch.keep(rows), past)[0].float().cpu(), strict=True):
-            logits[row] = result
-
-    run_all(engine, [[prompt.zero_shot().text] for prompt in prompts], work)
-    return torch.stack(logits)
+    engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations)
+    asked = placement.prompts(as_prompts(prompts))
+    check_vectors(engine, vectors, len(asked))
+    ids = encode(engine, asked, 1)
+    return next_logits(engine, ids, edits_for(engine, asked, ids, vectors, layer, placement))
 
 
-def patch_for(engine: Engine, n: int, vectors: TaskVectors, layer: int | Sequence[int]) -> Patch:
-    """What to write into each of `n` rows, checked against the model.
-
-    Raises:
-        ValueError: vectors of other sizes than the model's or another number, a layer out of range, or an engine that
-            cannot write.
-    """
-    name = engine_name(engine)
-    check_patching(engine)
-    if not isinstance(vectors, TaskVectors):
-        raise ValueError(
-            f"vectors are a {type(vectors).__name__}; pass the TaskVectors themselves, the layer is chosen by `layer`"
-        )
-    vectors.check_fits(name, engine.n_layers, engine.d_model)
-    if len(vectors) not in (1, n):
-        raise ValueError(
-            f"{len(vectors)} vectors for {n} prompts; give one for each prompt, or one for all with vectors.mean()"
-        )
-    try:
-        layers = torch.as_tensor(layer).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"layer is {layer!r}; give one int, or one int for each prompt") from error
-    if layers.is_floating_point() or layers.dtype == torch.bool or layers.shape not in ((), (n,)):
-        raise ValueError(f"layer is {layer!r}; give one int, or one int for each of the {n} prompts")
-    for number in set(layers.flatten().tolist()):
-        check_layer(number, engine.n_layers, name)
-    layers = layers.expand(n)
-    values = vectors.values.expand(n, -1, -1)
-    return Patch(values[torch.arange(n), layers], layers)
+def encode(engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+    """The token ids of the prompts, checked to leave room for the new tokens."""
+    return engine.text.encode([prompt.text for prompt in prompts], room=max_new_tokens - 1)
 
 
-def complete(
-    engine: Engine,
-    tokens: Tokens,
-    patch: Patch | None,
-    past: Past,
-    prompts: Sequence[Prompt],
-    keys: Sequence[str],
-    max_new_tokens: int,
-    sampler: Sampler,
-) -> tuple[list[str], list[list[int]]]:
-    """The decoding loop: answers and chosen ids of one batch, a row for each of `prompts`, from `tokens` on.
+def next_logits(engine: Engine, ids: Sequence[Sequence[int]], edits: Edits) -> Float[Tensor, "row d_vocab"]:
+    """Next-token logits of every row; float32, on the CPU."""
+    logits: dict[int, Tensor] = {}
 
-    The patch is written in the first step. A row that has reached its separator or an end of text leaves
-    the batch, where the engine can take its past apart.
-    """
-    chosen: list[list[int]] = [[] for _ in prompts]
-    texts = [""] * len(prompts)
-    ends: frozenset[int] = getattr(engine, "ends", frozenset())
-    batch = list(range(len(prompts)))  # whose row is where in the batch
-    going = batch
-    for step in range(max_new_tokens):
-        logits, past = engine.step(tokens, patch, past)
-        patch = None  # it lives on in the past
-        picked = sampler(logits, [f"{step}:{keys[row]}" for row in batch]).cpu()
-        for row, token in zip(batch, picked.tolist(), strict=True):
-            if row in going:
-                chosen[row].append(token)
-        for row, text in zip(going, engine.decode(torch.tensor([chosen[row] for row in going])), strict=True):
-            texts[row] = text
-        going = [
-            row for row in going if chosen[row][-1] not in ends and prompts[row].template.separator not in texts[row]
-        ]
-        if not going or step + 1 == max_new_tokens:
-            break
-        if len(going) < len(batch) and hasattr(engine, "select"):
-            places = [i for i, row in enumerate(batch) if row in going]
-            fewer = engine.select(past, places)
-            if fewer is not None:
-                past, tokens, picked, batch = fewer, tokens.keep(places), picked[places], going
-        tokens = tokens.then(picked)
-    answers = [prompt.template.cut(text) for prompt, text in zip(prompts, texts, strict=True)]
-    return answers, chosen
+    def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
+        made = engine.forward(tokens, edits=edits, past=past, keep_past=False)
+        logits.update(zip(rows, required_logits(made.logits).cpu(), strict=True))
+
+    map_rows(engine, [[row] for row in ids], work, edits=edits)
+    return torch.stack([logits[row] for row in range(len(ids))])
 
 
 def check_new_tokens(engine: Engine, max_new_tokens: int) -> None:
-    """Raises ValueError where there is nothing to generate, or no way to go on after the first token."""
+    """Raise TvLensError if there is nothing to generate, or no way to continue after the first token."""
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; use 1 or more")
-    if max_new_tokens > 1 and not getattr(engine, "continues", True):
-        raise ValueError(
-            f"{engine_name(engine)} gives nothing to go on from after the first token (`continues` is False); use "
-            "max_new_tokens=1 or patched_logits, or another engine"
-        )
+        raise TvLensError(f"max_new_tokens is {max_new_tokens}; use 1 or more")
+    if max_new_tokens > 1:
+        engine.require(Capability.CONTINUE)
 
 
-def check_patching(engine: Engine) -> None:
-    """Raises ValueError where the engine says that it cannot write into the model."""
-    if hasattr(engine, "check_patching"):
-        engine.check_patching()
+@dataclass
+class Answer:
+    """A row while it is being generated, and what it came to."""
+
+    prompt: Prompt
+    stop: Stop
+    key: str
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    ended: bool = False
+
+    def append(self, engine: Engine, token: int) -> None:
+        """Add the next token, and see whether it ends the answer."""
+        self.ids.append(token)
+        at_special = token in self.stop.ids
+        self.text = engine.text.decode(self.ids[:-1] if at_special else self.ids)
+        at_text = self.stop.text is not None and self.stop.text in self.text
+        self.ended = at_special or at_text or token in engine.info.end_ids
+
+    @property
+    def answer(self) -> str:
+        """The answer, cut out of the text."""
+        return self.prompt.template.cut(self.text)
 
 
-def answer_all(
+def answer(
     engine: Engine,
     prompts: Sequence[Prompt],
-    patch: Patch | None,
+    ids: Sequence[Sequence[int]],
+    conditions: Sequence[Edits],
     max_new_tokens: int,
     sampler: Sampler = greedy,
-) -> Completions:
-    """Answers to the prompts as they are, demonstrations included, patched where there is a patch."""
-    check_new_tokens(engine, max_new_tokens)
-    texts = [prompt.text for prompt in prompts]
-    keys = row_keys(texts)
-    answers: list[str] = [""] * len(prompts)
-    ids: list[list[int]] = [[]] * len(prompts)
+) -> list[list[Answer]]:
+    """The answers to every prompt under each of several conditions.
 
-    def work(rows: list[int], tokens: Tokens, past: Past) -> None:
-        found = complete(
-            engine,
-            tokens,
-            None if patch is None else patch.keep(rows),
-            past,
-            [prompts[row] for row in rows],
-            [keys[row] for row in rows],
-            max_new_tokens,
-            sampler,
-        )
-        for row, answer, chosen in zip(rows, *found, strict=True):
-            answers[row], ids[row] = answer, chosen
-
-    run_all(engine, [[text] for text in texts], work, room=max_new_tokens - 1)
-    longest, pad = max(map(len, ids)), getattr(engine, "pad", 0)
-    return Completions(tuple(answers), torch.tensor([row + [pad] * (longest - len(row)) for row in ids]))
-
-
-def answer_side_by_side(
-    engine: Engine, prompts: Sequence[Prompt], patches: Sequence[Patch], max_new_tokens: int
-) -> list[list[str]]:
-    """For each of `patches` (a row for each prompt) the answers to the queries alone. The queries are run once, up
-    to their last token; from there all patches go on in the same batches.
+    The prompts are run once, up to where the edits begin; from there all conditions continue in the same batches.
     """
-    check_new_tokens(engine, max_new_tokens)
-    k = len(patches)
-    patch = Patch(
-        rearrange([each.vectors for each in patches], "patch prompt d_model -> (prompt patch) d_model"),
-        rearrange([each.layers for each in patches], "patch prompt -> (prompt patch)"),
-    )
-    asked = [prompt.zero_shot() for prompt in prompts]
-    answers = [[""] * len(prompts) for _ in patches]
+    k = len(conditions)
+    stops = {prompt.template: engine.text.stop_of(prompt) for prompt in prompts}
+    keys = row_keys([prompt.text for prompt in prompts])
+    answers: dict[int, Answer] = {}
 
-    def work(rows: list[int], tokens: Tokens, past: Past) -> None:
-        found, _ = complete(
-            engine,
-            tokens,
-            patch.keep(rows),
-            past,
-            [asked[row // k] for row in rows],
-            [""] * len(rows),  # greedy needs no keys
-            max_new_tokens,
-            greedy,
+    def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
+        begun = [Answer(p := prompts[row // k], stops[p.template], keys[row // k]) for row in rows]
+        names = [f"prompt {row // k}" for row in rows]
+        decode(engine, tokens, past, edits, begun, names, max_new_tokens, sampler)
+        answers.update(zip(rows, begun, strict=True))
+
+    edits = conditions[0] if k == 1 else Edits.interleave(conditions)
+    map_rows(engine, [[row] * k for row in ids], work, edits=edits, room=max_new_tokens - 1)
+    return [[answers[i * k + j] for i in range(len(prompts))] for j in range(k)]
+
+
+def decode(
+    engine: Engine,
+    tokens: Tokens,
+    past: Past,
+    edits: Edits,
+    rows: Sequence[Answer],
+    names: Sequence[str],
+    max_new_tokens: int,
+    sampler: Sampler,
+) -> None:
+    """The decoding loop: extend the rows of one batch token by token until each has ended.
+
+    The edits are made in the first step; those with `every_step` again in each later one. A row that has ended leaves
+    the batch, if the engine can take its past apart.
+    """
+    batch = list(range(len(rows)))
+    for step in range(max_new_tokens):
+        is_last = step + 1 == max_new_tokens
+        made = engine.forward(tokens, edits=edits, past=past, keep_past=not is_last)
+        logits = finite_logits(engine, made.logits, [names[i] for i in batch])
+        chosen = sampler(logits, [f"{step}:{rows[i].key}" for i in batch]).cpu()
+        for i, token in zip(batch, chosen.tolist(), strict=True):
+            if not rows[i].ended:
+                rows[i].append(engine, token)
+        places = [place for place, i in enumerate(batch) if not rows[i].ended]
+        if not places or is_last:
+            return
+        past, tokens, edits, kept = narrowed(engine, made.past, tokens, edits, places, len(batch))
+        batch = [batch[place] for place in kept]
+        tokens, edits = tokens.then(chosen[kept]), edits.next_step()
+
+
+def narrowed(
+    engine: Engine, past: Past, tokens: Tokens, edits: Edits, places: Sequence[int], n_rows: int
+) -> tuple[Past, Tokens, Edits, list[int]]:
+    """A batch of only the rows at `places`, and these places; all rows if the engine cannot take its past apart."""
+    if len(places) == n_rows:
+        return past, tokens, edits, list(places)
+    fewer = engine.select(past, places)
+    if fewer is None:
+        return past, tokens, edits, list(range(n_rows))
+    return fewer, tokens.keep(places), edits.keep(places), list(places)
+
+
+def required_logits(logits: Float[Tensor, "batch d_vocab"] | None) -> Float[Tensor, "batch d_vocab"]:
+    """The logits of a pass that was asked for them."""
+    if logits is None:
+        raise EngineError("the engine returned no logits, although they were asked for")
+    return logits
+
+
+def finite_logits(
+    engine: Engine, logits: Float[Tensor, "batch d_vocab"] | None, names: Sequence[str]
+) -> Float[Tensor, "batch d_vocab"]:
+    """The logits, if a token can be chosen from every row.
+
+    Raises:
+        EngineError: NaN or infinity, or nothing but minus infinity; the message names the rows.
+    """
+    given = required_logits(logits)
+    broken = (~given.amax(dim=-1).isfinite()).nonzero().flatten().tolist()
+    if broken:
+        some = ", ".join(names[i] for i in broken[:10]) + (", ..." if len(broken) > 10 else "")
+        raise EngineError(
+            f"{engine.name}: the logits of {some} are NaN or infinite, so no token can be chosen; a half-precision "
+            "model may overflow, run it in float32 or bfloat16"
         )
-        for row, answer in zip(rows, found, strict=True):
-            answers[row % k][row // k] = answer
+    return given
 
-    run_all(engine, [[prompt.text] * k for prompt in asked], work, room=max_new_tokens - 1)
-    return answers
+
+def completions(engine: Engine, answers: Sequence[Answer]) -> Completions:
+    """The answers as a result."""
+    longest, pad = max(len(each.ids) for each in answers), engine.info.pad_id
+    rows = [each.ids + [pad] * (longest - len(each.ids)) for each in answers]
+    return Completions(tuple(each.answer for each in answers), torch.tensor(rows, dtype=torch.long, device="cpu"))
 
 
 def row_keys(texts: Sequence[str]) -> list[str]:
-    """A name for each row that does not depend on the others, equal texts numbered."""
+    """A name for each row that does not depend on the others; equal texts are numbered."""
     seen: Counter[str] = Counter()
     keys = []
     for text in texts:

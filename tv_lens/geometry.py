@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tv_lens.vectors import TaskVectors, place
-from tv_lens.views.tables import to_html
+from tv_lens.display import figure, html_table
+from tv_lens.errors import MissingExtraError, TvLensError
+from tv_lens.vectors import TaskVectors, layer_label
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,22 +24,23 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _RESAMPLES = 999
+_MAPS = 'a map needs scikit-learn; pip install "tv_lens[maps]"'
 
-# Rows of numbers to two columns, a name for each column, and how it was done.
-Method = Callable[["np.ndarray[Any, Any]"], tuple["np.ndarray[Any, Any]", tuple[str, str]]]
+# From rows of numbers to two columns, and a name for each column.
+Layout = Callable[["np.ndarray[Any, Any]"], tuple["np.ndarray[Any, Any]", tuple[str, str]]]
 
 
 def similarity(a: TaskVectors, b: TaskVectors, layer: int) -> Float[Tensor, "a b"]:
     """The cosine, -1 to 1, between each vector of `a` and each of `b` at `layer`.
 
     Raises:
-        ValueError: vectors of different models, a layer out of range, or a vector of zeros, which points nowhere.
+        TvLensError: vectors of different models, a layer out of range, or a vector of zeros, which points nowhere.
     """
     a.check_same_model(b)
     for each in (a, b):
         zero = (each.at(layer).norm(dim=-1) == 0).nonzero()
         if len(zero):
-            raise ValueError(
+            raise TvLensError(
                 f"vector {int(zero[0])} of {each.task!r} is zero at layer {layer}: it points nowhere, so no cosine"
             )
     one, other = (torch.nn.functional.normalize(each.at(layer).double(), dim=-1) for each in (a, b))
@@ -59,18 +61,18 @@ class Similarities:
 
     @property
     def within(self) -> float | None:
-        """The mean cosine of two vectors of one task; None where every task has a single vector."""
+        """The mean cosine of two vectors of one task; None if every task has a single vector."""
         return _mean(self.cosines[self._same & ~torch.eye(len(self.owners), dtype=torch.bool)])
 
     @property
     def between(self) -> float | None:
-        """The mean cosine of two vectors of different tasks; None where there is one task."""
+        """The mean cosine of two vectors of different tasks; None if there is one task."""
         return _mean(self.cosines[~self._same])
 
     @cached_property
     def p_value(self) -> float | None:
-        """How often, were it all the same which vector is of which task, within less between would be as large as
-        it is: a permutation test of 999 shuffles, from a seed of its own. None where there is nothing to compare.
+        """The permutation p-value: the share of 999 random relabellings (with a fixed seed) whose gap, within minus
+        between, is at least as large. None if there is nothing to compare.
         """
         if self.within is None or self.between is None:
             return None
@@ -86,7 +88,7 @@ class Similarities:
             same = float((member * (cosines @ member)).sum())
             return same / pairs_within - (total - same) / pairs_between
 
-        found = permutation_test(
+        result = permutation_test(
             ([float(owner) for owner in self.owners],),
             gap,
             permutation_type="pairings",
@@ -95,7 +97,7 @@ class Similarities:
             vectorized=False,
             rng=0,
         )
-        return float(found.pvalue)
+        return float(result.pvalue)
 
     @property
     def _same(self) -> Tensor:
@@ -103,8 +105,8 @@ class Similarities:
         return owners[:, None] == owners[None, :]
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row for each two tasks, also of a task with itself: the number of pairs of vectors, their mean cosine,
-        and the lowest and highest.
+        """One row per pair of tasks, including each task with itself: the number of pairs of vectors, their mean
+        cosine, and the lowest and highest.
         """
         import pandas as pd
 
@@ -129,7 +131,7 @@ class Similarities:
         return pd.DataFrame(rows).astype(dict.fromkeys(("mean", "lowest", "highest"), "Float64"))
 
     def matrix(self) -> pd.DataFrame:
-        """The mean cosines, tasks by tasks; missing where a task with a single vector meets itself."""
+        """The mean cosines, tasks by tasks; missing for a task with a single vector and itself."""
         import pandas as pd
 
         table = self.to_pandas()
@@ -139,31 +141,31 @@ class Similarities:
 
     def plot(self) -> go.Figure:
         """The mean cosines as a heat map, tasks by tasks."""
-        from tv_lens.views.plots import plot_similarities
-
-        return plot_similarities(self)
+        return figure(self)
 
     def __str__(self) -> str:
         within, between = ("none" if x is None else f"{x:.2f}" for x in (self.within, self.between))
         p = "" if self.p_value is None else f", p {self.p_value:.1g}"
-        return f"{place(self.layer, self.n_layers)}: mean cosine within tasks {within}, between tasks {between}{p}"
+        return (
+            f"{layer_label(self.layer, self.n_layers)}: mean cosine within tasks {within}, between tasks {between}{p}"
+        )
 
     def _repr_html_(self) -> str:
         table = self.matrix()
         table.insert(0, "", table.index)  # "" as a task may be called "task"
-        return to_html(table, str(self))
+        return html_table(table, str(self))
 
 
 def compare_tasks(vectors: Sequence[TaskVectors], layer: int) -> Similarities:
-    """How alike the vectors of each task are among themselves and to those of the others (the paper's robustness
-    experiment, Hendel et al. 2023, section 4). Give each task the vectors of its prompts, not their mean.
+    """How alike the vectors of each task are to each other and to those of the other tasks (the paper's robustness
+    experiment, Hendel et al. 2023, section 4). Pass the vectors of each task's prompts, not their mean.
 
     Vectors that share demonstrations are not independent: sample the prompts of a task from many inputs.
 
     Raises:
-        ValueError: fewer than two vectors, two tasks of one name, or as `similarity`.
+        TvLensError: fewer than two vectors, two tasks of one name, or as `similarity`.
     """
-    names, owners = _told_apart(vectors)
+    names, owners = _names_and_owners(vectors)
     cosines = torch.cat([torch.cat([similarity(a, b, layer) for b in vectors], dim=1) for a in vectors])
     return Similarities(layer, names, owners, cosines, vectors[0].n_layers)
 
@@ -180,73 +182,81 @@ class VectorMap:
     n_layers: int | None = None
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row for each vector: task, and its place (x, y)."""
+        """One row per vector: task, and its coordinates (x, y)."""
         import pandas as pd
 
         x, y = self.points.T.tolist()
         return pd.DataFrame({"task": [self.tasks[owner] for owner in self.owners], "x": x, "y": y})
 
     def plot(self) -> go.Figure:
-        """The map, a colour and a symbol for each task."""
-        from tv_lens.views.plots import plot_map
-
-        return plot_map(self)
+        """The map, with a color and a symbol for each task."""
+        return figure(self)
 
     def _repr_html_(self) -> str:
-        return to_html(self.to_pandas(), f"{place(self.layer, self.n_layers)}: {self.axes[0]}, {self.axes[1]}")
+        return html_table(self.to_pandas(), f"{layer_label(self.layer, self.n_layers)}: {self.axes[0]}, {self.axes[1]}")
 
 
 def pca(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], tuple[str, str]]:
-    """The two directions along which the vectors differ most (extra `maps`); distances are those of the vectors, as
-    far as the axes' share of the variance goes.
+    """The two directions along which the vectors differ most (extra `maps`). Distances are those of the vectors, up to
+    the share of the variance that the axes name.
     """
-    found = _sklearn("decomposition").PCA(n_components=2, svd_solver="full")
+    try:
+        from sklearn.decomposition import PCA
+    except ImportError as error:
+        raise MissingExtraError(_MAPS) from error
+    model = PCA(n_components=2, svd_solver="full")
     if not rows.var(axis=0).any():
-        raise ValueError(f"all {len(rows)} vectors are the same, so there is nothing to lay out; map other ones")
-    points = found.fit_transform(rows)
-    first, second = found.explained_variance_ratio_
+        raise TvLensError(f"all {len(rows)} vectors are the same, so there is nothing to lay out; map other ones")
+    points = model.fit_transform(rows)
+    first, second = model.explained_variance_ratio_
     return points, (f"component 1 ({first:.0%} of the variance)", f"component 2 ({second:.0%})")
 
 
-def tsne(*, perplexity: float | int = 15, seed: int = 0) -> Method:
-    """A method for `map_vectors`: t-SNE (extra `maps`), which shows who is whose neighbour and nothing of distances.
-    The perplexity, about how many neighbours each vector has, must be less than the number of vectors.
+def tsne(*, perplexity: float | int = 15, seed: int = 0) -> Layout:
+    """A method for `map_vectors`: t-SNE (extra `maps`), which shows neighbors and says nothing about distances.
+    The perplexity, about how many neighbors each vector has, must be less than the number of vectors.
     """
 
     def lay(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], tuple[str, str]]:
         if not 0 < perplexity < len(rows):
-            raise ValueError(
+            raise TvLensError(
                 f"perplexity is {perplexity:g} and there are {len(rows)} vectors; use less, or map more vectors"
             )
-        found = _sklearn("manifold").TSNE(perplexity=perplexity, random_state=seed, init="pca", metric="cosine")
-        return found.fit_transform(rows), ("t-SNE 1", "t-SNE 2")
+        try:
+            from sklearn.manifold import TSNE
+        except ImportError as error:
+            raise MissingExtraError(_MAPS) from error
+        model = TSNE(perplexity=perplexity, random_state=seed, init="pca", metric="cosine")
+        return model.fit_transform(rows), ("t-SNE 1", "t-SNE 2")
 
     return lay
 
 
-def map_vectors(vectors: Sequence[TaskVectors], layer: int, *, method: Method = pca) -> VectorMap:
+def map_vectors(vectors: Sequence[TaskVectors], layer: int, *, method: Layout = pca) -> VectorMap:
     """The vectors of all prompts at `layer` on a plane, by `pca` or by `tsne(perplexity=..., seed=...)` (Hendel et
     al. 2023, section 4, has the latter).
 
     Raises:
-        ImportError: the extra `maps` is not installed.
-        ValueError: fewer than three vectors, two tasks of one name, vectors of different models, or a layer out of
+        MissingExtraError: the extra `maps` is not installed.
+        TvLensError: fewer than three vectors, two tasks of one name, vectors of different models, or a layer out of
             range.
     """
-    names, owners = _told_apart(vectors)
+    names, owners = _names_and_owners(vectors)
     if len(owners) < 3:
-        raise ValueError(f"{len(owners)} vectors make no map; give those of the prompts rather than their mean")
+        raise TvLensError(f"{len(owners)} vectors make no map; pass those of the prompts, not their mean")
     points, axes = method(torch.cat([each.at(layer) for each in vectors]).double().numpy())
     return VectorMap(layer, names, owners, torch.as_tensor(points, dtype=torch.float32), axes, vectors[0].n_layers)
 
 
-def _told_apart(vectors: Sequence[TaskVectors]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The tasks' names, and for each vector which of them it is of."""
+def _names_and_owners(vectors: Sequence[TaskVectors]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The tasks' names, and for each vector the index of its task."""
     if isinstance(vectors, TaskVectors) or not all(isinstance(each, TaskVectors) for each in vectors):
-        raise ValueError("give a list of TaskVectors, one for each task")
+        raise TvLensError("give a list of TaskVectors, one for each task")
     names = tuple(each.task for each in vectors)
     if sum(map(len, vectors)) < 2 or len(set(names)) < len(names):
-        raise ValueError(f"tasks are {list(names)}; give two vectors or more, each task once and by a name of its own")
+        raise TvLensError(
+            f"tasks are {list(names)}; give two vectors or more, each task once and under a different name"
+        )
     for each in vectors:
         vectors[0].check_same_model(each)
     return names, tuple(i for i, each in enumerate(vectors) for _ in range(len(each)))
@@ -254,12 +264,3 @@ def _told_apart(vectors: Sequence[TaskVectors]) -> tuple[tuple[str, ...], tuple[
 
 def _mean(numbers: Tensor) -> float | None:
     return float(numbers.mean()) if numbers.numel() else None
-
-
-def _sklearn(part: str) -> Any:
-    try:
-        import sklearn.decomposition
-        import sklearn.manifold
-    except ImportError as error:
-        raise ImportError('a map needs scikit-learn; pip install "tv_lens[maps]"') from error
-    return getattr(sklearn, part)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from einops import rearrange
-
-from tv_lens.engines import engine_for, engine_name
-from tv_lens.vectors import TaskVectors, check_layer, place
-from tv_lens.views.tables import to_html
+from tv_lens.display import figure, html_table
+from tv_lens.edits import RESID_POST
+from tv_lens.engines import Capability, Model, engine_for
+from tv_lens.errors import TvLensError
+from tv_lens.vectors import TaskVectors, check_layer, layer_label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TopTokens:
-    """The likeliest tokens of each vector at one layer, likeliest first."""
+    """The most likely tokens of each vector at one layer, most likely first."""
 
     task: str
     layer: int
@@ -27,10 +27,13 @@ class TopTokens:
     probabilities: tuple[tuple[float, ...], ...]
     n_layers: int | None = None
 
+    def __post_init__(self) -> None:
+        shapes = {tuple(map(len, each)) for each in (self.tokens, self.ids, self.probabilities)}
+        if len(shapes) > 1:
+            raise TvLensError("tokens, ids and probabilities have one entry for each vector and rank")
+
     def to_pandas(self) -> pd.DataFrame:
-        """A row for each vector and rank: vector (its number), rank (from 1), token as it is written, id,
-        probability.
-        """
+        """One row per vector and rank: vector (its number), rank (from 1), token as it is written, id, probability."""
         import pandas as pd
 
         rows = [
@@ -41,45 +44,41 @@ class TopTokens:
         return pd.DataFrame(rows, columns=["vector", "rank", "token", "id", "probability"])
 
     def plot(self) -> go.Figure:
-        """The probability of each token, a bar each."""
-        from tv_lens.views.plots import plot_top_tokens
-
-        return plot_top_tokens(self)
+        """The probability of each token, one bar each."""
+        return figure(self)
 
     def _repr_html_(self) -> str:
         table = self.to_pandas()
         table["token"] = table["token"].map(repr)  # white space shows
-        return to_html(
-            table, f"{self.task} at {place(self.layer, self.n_layers)}: top tokens", {"probability": "{:.3f}"}
-        )
+        title = f"{self.task} at {layer_label(self.layer, self.n_layers)}: top tokens"
+        return html_table(table, title, {"probability": "{:.3f}"})
 
 
-def top_tokens(model: Any, vectors: TaskVectors, layer: int, k: int = 10) -> TopTokens:
-    """The `k` tokens that each vector at `layer` points to, read through the model's own final norm and unembedding
-    as if the model stopped there (Hendel et al. 2023, section 6). For the task's, ask of `vectors.mean()`.
+def top_tokens(model: Model, vectors: TaskVectors, layer: int, k: int = 10) -> TopTokens:
+    """The `k` tokens that each vector at `layer` points to, read through the model's own final norm and unembedding as
+    if the model stopped there (Hendel et al. 2023, section 6). For the task's, pass `vectors.mean()`.
 
     Raises:
-        ValueError: vectors of other sizes than the model's, a layer out of range, or `k` out of range.
-        TypeError: an engine whose unembedding cannot be had, such as a remote one.
+        TvLensError: vectors of other sizes than the model's or of another site than the residual stream, or a layer or
+            `k` out of range.
+        UnsupportedError: an engine whose unembedding cannot be reached, such as a remote one.
     """
     engine = engine_for(model)
-    vectors.check_fits(engine_name(engine), engine.n_layers, engine.d_model)
-    check_layer(layer, engine.n_layers, engine_name(engine))
-    if not hasattr(engine, "readout"):
-        raise TypeError(
-            f"{engine_name(engine)} runs where its unembedding cannot be had; boot the model with "
-            "TransformerBridge.boot_transformers to see what its vectors say"
-        )
+    if vectors.site != RESID_POST:
+        raise TvLensError(f"these are vectors of {vectors.site}; only the residual stream can be read as tokens")
+    vectors.check_fits(engine.name, engine.n_layers, engine.d_model)
+    check_layer(layer, engine.n_layers, engine.name)
+    engine.require(Capability.READOUT)
     if k < 1:
-        raise ValueError(f"k is {k}; ask for 1 token or more")
+        raise TvLensError(f"k is {k}; ask for 1 token or more")
+    if k > engine.info.d_vocab:
+        raise TvLensError(f"k must be in [1, {engine.info.d_vocab}], the size of the vocabulary, and is {k}")
     ids, probabilities = engine.readout(vectors.at(layer), k)
-    tokens = rearrange(ids, "vector k -> (vector k) 1")
-    # Special tokens are decoded as nothing.
-    words = [word or f"<token {token}>" for word, [token] in zip(engine.decode(tokens), tokens.tolist(), strict=True)]
     return TopTokens(
         vectors.task,
         layer,
-        tuple(tuple(words[i : i + k]) for i in range(0, len(words), k)),
+        # Special tokens are decoded to nothing.
+        tuple(tuple(engine.text.decode([token]) or f"<token {token}>" for token in row) for row in ids.tolist()),
         tuple(map(tuple, ids.tolist())),
         tuple(map(tuple, probabilities.tolist())),
         engine.n_layers,

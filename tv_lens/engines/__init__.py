@@ -1,48 +1,79 @@
-"""Run a model: texts in, reads and next-token logits out.
+"""Run a model: tokens in, next-token logits and activations out.
 
-The only room that tokenises, pads, names a hook or holds a cache. Layer `l` is the output of block `l` everywhere.
+The only folder that runs a model, tokenizes, pads, names a hook or holds a cache. To run something else, derive from
+`Engine` (or from `StatelessEngine` if it keeps no cache), and register it: `engine_for.register(MyModel)(MyEngine)`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import singledispatch
+from typing import TypeAlias
 
 from transformer_lens.model_bridge import RemoteBridge, TransformerBridge
 
-from tv_lens.engines.contract import Engine, Past, Patch, Replay, Tokens, bar, engine_name, run_all
+from tv_lens.engines.base import Capability, Engine, Pass, Past, Replay, StatelessEngine, Tokens
 from tv_lens.engines.local import LocalEngine
+from tv_lens.engines.planning import Limits
 from tv_lens.engines.remote import RemoteEngine
+from tv_lens.engines.running import map_rows, progress_bar
+from tv_lens.engines.text import ModelInfo, Stop, TextCodec
+from tv_lens.errors import UnsupportedError
 
 __all__ = [
+    "Capability",
     "Engine",
+    "Limits",
     "LocalEngine",
+    "Model",
+    "ModelInfo",
+    "Pass",
     "Past",
-    "Patch",
     "RemoteEngine",
     "Replay",
+    "StatelessEngine",
+    "Stop",
+    "TextCodec",
     "Tokens",
-    "bar",
     "engine_for",
-    "engine_name",
-    "run_all",
+    "map_rows",
+    "progress_bar",
 ]
 
+# What public functions take as `model`: a bridge, or an engine to control batch size and BOS.
+Model: TypeAlias = TransformerBridge | RemoteBridge | Engine
 
-def engine_for(model: Any) -> Engine:
+
+@singledispatch
+def engine_for(model: object) -> Engine:
     """The engine that runs `model`: itself, a `LocalEngine` around a `TransformerBridge`, or a `RemoteEngine` around a
-    `RemoteBridge`.
+    `RemoteBridge`. Other types can be registered.
 
     Raises:
-        TypeError: nothing that tv_lens can run; the message says how to get there.
+        UnsupportedError: tv_lens cannot run it; the message says what to pass instead.
     """
-    if isinstance(model, TransformerBridge):
-        return LocalEngine(model)
-    if isinstance(model, RemoteBridge):
-        return RemoteEngine(model)
-    if isinstance(model, Engine):
-        return model
-    raise TypeError(
-        f"cannot run a {type(model).__name__}; pass a TransformerBridge, for instance "
+    kind = type(model).__name__
+    if kind.startswith("Peft"):
+        raise UnsupportedError(
+            f"cannot run a {kind}; merge its adapter and pass a bridge: TransformerBridge.boot_transformers(name, "
+            "hf_model=model.merge_and_unload(), tokenizer=tokenizer)"
+        )
+    raise UnsupportedError(
+        f"cannot run a {kind}; pass a TransformerBridge, for instance "
         "transformer_lens.TransformerBridge.boot_transformers(name), or with hf_model= and tokenizer= for a "
         "Hugging Face model"
     )
+
+
+@engine_for.register
+def _(model: Engine) -> Engine:
+    return model
+
+
+@engine_for.register
+def _(model: TransformerBridge) -> Engine:
+    return LocalEngine(model)
+
+
+@engine_for.register
+def _(model: RemoteBridge) -> Engine:
+    return RemoteEngine(model)

@@ -1,46 +1,64 @@
 """Run a `TransformerBridge` in this process.
 
-Layer `l` is the output of block `l`, `blocks.l.hook_resid_post`. Rows are padded on the left and the mask is built
-from their lengths, so the last position of a batch is every row's last real token, whatever the tokenizer says about
+Layer `l` is the output of block `l`, `blocks.l.hook_resid_post`. Rows are padded on the left and the mask is built from
+their lengths, so the last position of a batch is every row's last real token, whatever the tokenizer says about
 padding.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import inspect
-import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from einops import rearrange, repeat
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import logit_readout
 
-from tv_lens.engines.bridge import BridgeEngine, name_of, not_decoder_only, to_its_end
-from tv_lens.engines.contract import Edits, Past, Patch, Replay, Tokens
+from tv_lens.edits import HEADS, RESID_POST, Edits, Site
+from tv_lens.engines.base import Capability, Engine, Pass, Past, Replay, Tokens
+from tv_lens.engines.bridge import BridgeCodec, check_batch_size, info_of, not_decoder_only
+from tv_lens.engines.capabilities import head_shape, hooks_of, support_of
+from tv_lens.engines.drivers import (
+    components_of,
+    computing,
+    config_of,
+    has_output_hooks,
+    model_unchanged,
+    output_hooks,
+    state_of,
+)
+from tv_lens.engines.fingerprint import fingerprint_of
+from tv_lens.engines.hooks import reader, writer
+from tv_lens.engines.planning import Limits, padded
+from tv_lens.errors import EngineError, TvLensError, UnsupportedError, warn
+
+_CAPABILITIES = frozenset(Capability)
+
+# How far a padded row may be from the same row alone, as a share of the activation's length.
+_TOLERANCE = {"float64": 1e-3, "float32": 1e-3}
+_HALF_TOLERANCE = 0.1
 
 
-class LocalEngine(BridgeEngine):
+class LocalEngine(Engine):
     """A `TransformerBridge` in this process, on one device or several.
 
-    `batch_size` is the number of rows in a pass; by default as many as a budget of positions and logits
-    allows. `prepend_bos` follows the model where it is None. `progress=False` turns progress bars off.
+    `batch_size` is the number of rows in a pass; by default as many as a budget of positions and logits allows.
+    `prepend_bos=None` follows the model's configuration. `progress=False` turns progress bars off.
+
+    Several threads may use one model: each public call waits for the one before it.
 
     Raises:
-        TypeError: not a `TransformerBridge`.
-        ValueError: the model has no decoder-only stack of blocks, no tokenizer, or no BOS token to prepend.
+        UnsupportedError: not a `TransformerBridge`, or not a decoder-only model.
+        TvLensError: `batch_size` below 1, no tokenizer, or no BOS token to prepend.
     """
-
-    _to_tokens: ClassVar[dict[str, Any]] = {"move_to_device": False}
 
     def __init__(
         self,
@@ -51,312 +69,278 @@ class LocalEngine(BridgeEngine):
         progress: bool = True,
     ) -> None:
         if not isinstance(bridge, TransformerBridge):
-            raise TypeError(
+            raise UnsupportedError(
                 f"LocalEngine runs a TransformerBridge, not a {type(bridge).__name__}; boot one with "
                 "TransformerBridge.boot_transformers(name, hf_model=..., tokenizer=...)"
             )
-        hf_config = getattr(bridge.original_model, "config", None)
-        if getattr(hf_config, "is_encoder_decoder", False):
-            raise ValueError(not_decoder_only(name_of(bridge)))
-        generation = getattr(bridge.original_model, "generation_config", None)
-        super().__init__(
+        self.bridge, self.batch_size, self.progress = bridge, check_batch_size(batch_size), progress
+        if config_of(bridge).get("is_encoder_decoder"):
+            raise UnsupportedError(not_decoder_only(bridge))
+        self._support = support_of(bridge)
+        self._state = state_of(bridge.original_model)
+        self._hooks = hooks_of(bridge, int(bridge.cfg.n_layers))
+        info = info_of(
             bridge,
-            "blocks.{layer}.hook_resid_post",
-            n_ctx=_context(bridge),
-            ends=getattr(generation, "eos_token_id", None),
-            batch_size=batch_size,
+            n_ctx=self._support.n_ctx,
+            end_ids=self._support.end_ids,
             prepend_bos=prepend_bos,
-            progress=progress,
+            hooks=self._hooks[RESID_POST],
         )
-        # How many rows the pass at hand has, and how many there is memory for, once a pass has found out.
-        self._tried: int = 1
-        self._most: int | None = None
-        # A recurrent state is no KV cache: where TransformerLens returns none, rows are run whole at each step, and
-        # where it does, it cannot be widened. The forward of those it has no cache for (RWKV) takes a mask too, and
-        # does not read it.
-        recurrent = bool(getattr(bridge.original_model, "_is_stateful", False))
-        self._masks = bool(getattr(bridge.adapter, "supports_kv_cache", True))
-        self._caches = self._masks and not getattr(bridge.cfg, "is_stateful", False)
-        text_config = hf_config.get_text_config() if hf_config is not None else None
-        # LFM2 says only there that some of its layers are no attention.
-        kinds = set(getattr(text_config, "layer_types", None) or ())
-        attention = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
-        self._forks = self._caches and not recurrent and attention
-        # Up to how many positions pads between a shared prefix and a tail do no harm. Local windows, buffers as
-        # long as the context, and alibi count pads as positions; the rest goes by position ids, after the mask.
-        alibi = getattr(bridge.cfg, "positional_embedding_type", None) == "alibi"
-        windows = [
-            getattr(text_config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")
-        ]
-        limits = [limit for limit in (*windows, self.n_ctx) if isinstance(limit, int) and limit > 0]  # 0: no window
-        self._gaps_up_to: float = 0 if alibi else min(limits, default=math.inf)
-        accepted = inspect.signature(bridge.original_model.forward).parameters
-        self._keeps_logits = "logits_to_keep" in accepted
+        n_heads, d_head = head_shape(bridge, self._hooks.get(HEADS, {}))
+        self.info = replace(info, n_heads=n_heads, d_head=d_head)
+        self.text = BridgeCodec(bridge, self.info, move_to_device=False)
+        self.capabilities = _CAPABILITIES
+        self.sites = frozenset(self._hooks)
 
-    @cached_property
-    def weights(self) -> str:
-        """A fingerprint of the model's weights, from some numbers of each: two models may have one name."""
-        digest = hashlib.sha256()
-        for name, weight in self.bridge.original_model.named_parameters():
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            if not weight.is_meta:  # as accelerate leaves what it keeps on the disk
-                some = weight.detach().flatten()[:: max(1, weight.numel() // 16)]
-                digest.update(some.float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+    @property
+    def limits(self) -> Limits:
+        """How rows may be batched: by the model's configuration, and by what was learned while running it."""
+        learned = self._state.padded_up_to
+        padded_up_to = self._support.padded_up_to
+        return Limits(
+            d_vocab=self.info.d_vocab,
+            batch_size=self.batch_size,
+            max_rows=self._state.max_rows,
+            padded_up_to=padded_up_to if learned is None else min(padded_up_to, learned),
+            shares_prefixes=self._support.forks,
+            gaps_up_to=self._support.gaps_up_to,
+            caches_beyond=self._support.caches_beyond,
+        )
 
-    # Texts to tokens
+    def layers_of(self, site: Site) -> tuple[int, ...]:
+        """The layers that have the site; hybrid models have attention heads in some only."""
+        self.require_site(site)
+        return tuple(self._hooks[site])
 
-    def shared(self, groups: Sequence[Sequence[str]], room: int = 0) -> Iterator[tuple[Tokens, Past]]:
-        """Equal-sized groups of texts, each group run once up to where its texts part.
+    def forward(
+        self,
+        tokens: Tokens,
+        *,
+        edits: Edits = Edits(),
+        read: Sequence[Site] = (),
+        weights: Float[Tensor, "batch window"] | None = None,
+        past: Past = None,
+        logits: bool = True,
+        keep_past: bool = True,
+        grad: bool = False,
+    ) -> Pass:
+        """Run the tokens with the edits applied, as `Engine.forward` says.
 
-        Yields what is left of the rows, at least one token each, with the past to go on from. The rows are
-        numbered through the groups. The shared part is found on token ids, as a tokenizer may merge letters
-        across the place where texts part. Models whose cache cannot be widened get whole rows and no past.
+        The past is the KV cache, in which edits live on. A model that keeps none, or whose cached keys would change as
+        the rows grow, gets whole rows with all their edits at each step.
         """
-        if not self._caches:
-            for tokens, past in super().shared(groups, room):
-                self._tried = len(tokens.ids)
-                yield tokens, past
-            return
-        k = len(groups[0])
-        flat = self._encode([text for group in groups for text in group], room, per_prompt=k)
-        rows = [flat[g * k : (g + 1) * k] for g in range(len(groups))]
-        starts = [_shared_length(group) if self._forks and k > 1 else 0 for group in rows]
-        lengths = [max(map(len, group)) for group in rows]
-        for alone in (False, True):  # never a row of nothing but pads among the prefixes
-            order = [g for g in range(len(rows)) if (starts[g] == 0) == alone]
-            order.sort(key=lambda g: -lengths[g])
-            for chunk in self._chunks(order, lengths):
-                start = {g: starts[g] for g in chunk}
-                tails = [len(row) - start[g] for g in chunk for row in rows[g]]
-                gaps, seen = len(set(tails)) > 1, max(start.values()) + max(tails)
-                if gaps and seen > self._gaps_up_to:
-                    start = dict.fromkeys(chunk, 0)
-                prefix = None
-                if any(start.values()):
-                    prefix = self._pad([rows[g][0][: start[g]] for g in chunk], chunk)
-                    self._tried = len(chunk)
-                    past = self._prefill(prefix)
-                width = max(1, self._rows(max(lengths[g] for g in chunk)) // len(chunk))
-                for first in range(0, k, width):
-                    members = range(first, min(k, first + width))
-                    self._tried = len(chunk) * len(members)
-                    tokens = self._pad(
-                        [rows[g][m][start[g] :] for g in chunk for m in members],
-                        [g * k + m for g in chunk for m in members],
-                    )
-                    if prefix is None:
-                        yield tokens, None
-                        continue
-                    before = repeat(prefix.mask, "batch seen -> (batch copies) seen", copies=len(members))
-                    mask = torch.cat([before, tokens.mask], dim=1)
-                    yield Tokens(tokens.ids, mask, tokens.rows), self.fork(past, len(members))
-
-    # Tokens to numbers
-
-    def read(self, tokens: Tokens, past: Past = None) -> Float[Tensor, "batch layer d_model"]:
-        """The residual stream after each block at the last position; float32 on the CPU. No logits are made,
-        and no other position is kept.
-        """
-        edits: Edits = ()
-        if not self._caches:
-            replay = Replay.after(past, tokens)
-            tokens, edits, past = replay.tokens, replay.edits, None
-        wanted = set(self._hooks)
-        with self._quietly(), self.bridge.hooks(fwd_hooks=self._writes(edits, [])):
-            _, cache = self.bridge.run_with_cache(
-                self._put(tokens.ids),
-                attention_mask=self._put(tokens.mask),
-                # A callable, as a list stores each read under its alias too.
-                names_filter=lambda name: name in wanted,
-                pos_slice=-1,
-                return_cache_object=False,
-                output_attentions=False,
-                use_cache=past is not None,
-                past_key_values=past,
-                **self._logits(0),
-            )
-        if set(cache) != wanted:
-            raise RuntimeError(f"{self.name} gave no read of {sorted(wanted - set(cache))}")
-        reads = torch.stack([cache[name].float().cpu() for name in self._hooks])
-        return rearrange(reads, "layer batch 1 d_model -> batch layer d_model")
-
-    def step(
-        self, tokens: Tokens, patch: Patch | None = None, past: Past = None
-    ) -> tuple[Float[Tensor, "batch d_vocab"], Past]:
-        """Next-token logits (float32, on the model's device) after the last position, with `patch` written
-        there, and the extended past: the KV cache, in which the patch lives on, or the whole rows with their patches
-        where the model keeps none. `past` is used up, so fork it first to use it again.
-        """
-        if self._caches:
-            logits, past = self._run(tokens, () if patch is None else ((-1, patch),), past, keep=1)
-        else:
-            past = Replay.after(past, tokens, patch)
-            logits, _ = self._run(past.tokens, past.edits, None, keep=1)
-        return logits[:, -1].float(), past
-
-    def readout(
-        self, vectors: Float[Tensor, "batch d_model"], k: int
-    ) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"]]:
-        """The `k` likeliest tokens of each vector and their probabilities, through the model's own final norm and
-        unembedding (TransformerLens's `logit_readout`); on the CPU.
-        """
-        with self._quietly():
-            found = logit_readout(self.bridge, vectors, top_k=k, return_type="probs")
-        if found.top_ids is None:
-            raise RuntimeError(f"{self.name} gave no tokens for its vectors")
-        return found.top_ids.cpu(), found.values.float().cpu()
+        if self._support.keeps_cache and not isinstance(past, Replay):
+            return self._run(tokens, edits, read, weights, past, logits, keep_past, grad)
+        whole = Replay.after(past, tokens, edits)
+        made = self._run(whole.tokens, whole.edits, read, weights, None, logits, False, grad)
+        return replace(made, past=whole if keep_past else None)
 
     def fork(self, past: Past, copies: int = 1) -> Past:
-        """An independent copy of the past with each row `copies` times in a row."""
+        """An independent copy of the past with each row `copies` times in succession."""
         if isinstance(past, Replay):
-            return past.copies(copies)
+            return past.repeat(copies)
         forked = copy.deepcopy(past)
         if copies > 1:
             forked.batch_repeat_interleave(copies)
         return forked
 
     def select(self, past: Past, rows: Sequence[int]) -> Past | None:
-        """The past of only these rows, for which the one given is used up; None where the model's state
-        cannot be taken apart.
-        """
+        """The past of only these rows, for which `past` is consumed; None if the model's state cannot be split."""
         if isinstance(past, Replay):
             return past.keep(rows)
-        if not self._forks:
+        if not self._support.forks:
             return None
-        past.batch_select_indices(torch.tensor(list(rows), dtype=torch.long))
+        past.batch_select_indices(torch.tensor(list(rows), dtype=torch.long, device="cpu"))
         return past
 
-    def halve(self) -> bool:
-        """From now on no more than half as many rows in a pass as the last one had; False where it had one."""
-        if self._tried < 2:
-            return False
-        if self._most is None:
-            warnings.warn(
-                f"{self.name}: no memory for {self._tried} rows in a pass; going on with fewer. "
-                f"LocalEngine(model, batch_size={self._tried // 2}) begins there",
-                stacklevel=2,
+    def readout(
+        self, vectors: Float[Tensor, "batch d_model"], k: int
+    ) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"]]:
+        """The `k` most likely tokens of each vector and their probabilities, through the model's own final norm and
+        unembedding (TransformerLens's `logit_readout`); on the CPU.
+        """
+        with self.session(), self._computing(grad=False):
+            result = logit_readout(self.bridge, vectors, top_k=k, return_type="probs")
+        if result.top_ids is None:
+            raise EngineError(f"{self.name} gave no tokens for its vectors")
+        return result.top_ids.cpu(), result.values.float().cpu()
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """One thread at a time, no dropout; the model is as it was afterwards. Modules are visited once per session."""
+        with model_unchanged(self.bridge, self._points, self._state):
+            yield
+
+    def padding_is_safe(self, short: Sequence[int], long: Sequence[int]) -> bool:
+        """Compare a padded row with the same row alone, once per model and class of lengths (powers of two).
+
+        The configuration names what is known to go wrong under padding; this finds the rest.
+        """
+        length_class = len(long).bit_length()
+        if length_class in self._state.checked_lengths or len(long) > self.limits.padded_up_to:
+            return True
+        pad = self.info.pad_id
+        with self.session():
+            together = self.forward(
+                Tokens(*padded([short, long], pad)), read=[RESID_POST], logits=False, keep_past=False
             )
-        self._most = self._tried // 2
+            alone = self.forward(Tokens(*padded([short], pad)), read=[RESID_POST], logits=False, keep_past=False)
+        expected = alone.reads[RESID_POST][0]
+        error = (together.reads[RESID_POST][0] - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
+        self._state.checked_lengths.add(length_class)
+        if float(error.max()) < _TOLERANCE.get(self.info.dtype, _HALF_TOLERANCE):
+            return True
+        self._state.padded_up_to = float(2 ** (length_class - 1) - 1)
+        warn(
+            f"{self.name}: a row of {len(short)} tokens padded to {len(long)} is off by {float(error.max()):.1%} from "
+            f"the same row alone; rows of more than {self._state.padded_up_to:.0f} tokens are now run only with rows "
+            "of their own length, which is slower"
+        )
+        return False
+
+    def shrink(self, rows: int) -> bool:
+        """From now on at most half as many rows in a pass, for all engines of the model; False for a single row."""
+        if rows < 2:
+            return False
+        if self._state.max_rows is None:
+            warn(
+                f"{self.name}: no memory for {rows} rows in a pass; continuing with fewer. "
+                f"LocalEngine(model, batch_size={rows // 2}) starts there"
+            )
+        self._state.max_rows = rows // 2
         return True
 
-    # Inside
-
-    def _rows(self, longest: int) -> int:
-        fit = super()._rows(longest)
-        return fit if self._most is None else min(fit, self._most)
+    def fingerprint(self) -> str:
+        """A digest of the model's weights, its configuration, and the hooks that the user has on it."""
+        return fingerprint_of(self.bridge)
 
     def _run(
-        self, tokens: Tokens, edits: Edits, past: Past, keep: int
-    ) -> tuple[Float[Tensor, "batch kept d_vocab"], Past]:
-        fired: list[int] = []
-        hooks = self._writes(edits, fired)
-        with self._quietly():
-            logits, past = self.bridge.run_with_hooks(
-                self._put(tokens.ids),
-                fwd_hooks=hooks,
-                return_type="logits_and_cache",
-                attention_mask=self._put(tokens.mask),
-                past_key_values=past,
-                use_cache=self._caches,
-                **self._logits(keep),
-            )
-        if len(fired) != len(hooks):
-            raise RuntimeError(
-                f"{self.name}: {len(hooks)} layers were to be patched and {len(fired)} writes happened; "
-                "the logits would not be those of a patched run"
-            )
-        if self._caches:
-            seen = 0 if past is None else int(past.get_seq_length())
-            if seen != tokens.mask.shape[1]:
-                raise RuntimeError(
-                    f"{self.name}: the KV cache holds {seen} of {tokens.mask.shape[1]} positions, so the next token "
-                    f"would be wrong; transformer-lens {version('transformer-lens')} does not fill the cache of "
-                    f"{type(self.bridge.original_model).__name__} in transformers {version('transformers')}. In 5.24 "
-                    "it fills none (pip install 'transformers>=5.9,<5.24'); before, take another model"
+        self,
+        tokens: Tokens,
+        edits: Edits,
+        read: Sequence[Site],
+        weights: Float[Tensor, "batch window"] | None,
+        past: Past,
+        logits: bool,
+        keep_past: bool,
+        grad: bool,
+    ) -> Pass:
+        tokens.check_positions(edits)
+        fired: list[HookPoint] = []
+        reads: dict[Site, dict[int, Tensor]] = {site: {} for site in read}
+        hooks = self._write_hooks(edits, tokens.ids.shape[1], fired)
+        n_writes = len(hooks)
+        hooks += self._read_hooks(reads, weights, grad)
+        caching = past is not None or (keep_past and self._support.keeps_cache)
+        with self.session():
+            behind = {p: c for p, _ in hooks if (c := self._components.get(p)) is not None and has_output_hooks(c)}
+            with self._computing(grad), output_hooks([(behind[p], f) for p, f in hooks if p in behind]):
+                output, past = self.bridge.run_with_hooks(
+                    self._put(tokens.ids),
+                    fwd_hooks=[(str(point.name), _as_lens_hook(f)) for point, f in hooks if point not in behind],
+                    return_type="logits_and_cache",
+                    attention_mask=self._put(tokens.mask),
+                    past_key_values=past,
+                    use_cache=caching,
+                    **self._logits_to_keep(logits),
                 )
-        return logits, past
+        if len(fired) != n_writes:
+            raise EngineError(
+                f"{self.name}: {n_writes} writes were to be made and {len(fired)} were; the logits would not be those "
+                "of a patched run"
+            )
+        if caching:
+            self._check_cache(past, tokens.mask.shape[1])
+        return Pass(
+            logits=output[:, -1].float() if logits else None,
+            reads={site: self._stacked(site, found) for site, found in reads.items()},
+            past=past if keep_past else None,
+        )
 
-    def _prefill(self, tokens: Tokens) -> Past:
-        return self._run(tokens, (), None, keep=0)[1]
+    def _write_hooks(
+        self, edits: Edits, width: int, fired: list[HookPoint]
+    ) -> list[tuple[HookPoint, Callable[[Tensor], Tensor | None]]]:
+        by_point: dict[HookPoint, list[Any]] = {}
+        for edit in edits:
+            by_point.setdefault(self._point(edit.site, edit.layer), []).append(edit)
 
-    def _writes(self, edits: Edits, fired: list[int]) -> list[tuple[str | Callable[..., Any], Callable[..., Any]]]:
-        def write(layer: int, position: int, patch: Patch) -> Callable[..., Tensor]:
-            rows = (patch.layers == layer).nonzero().squeeze(1)
+        def counted(point: HookPoint, write: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            def hook(activation: Tensor) -> Tensor:
+                fired.append(point)
+                return write(activation)
 
-            def hook(residual: Tensor, hook: Any) -> Tensor:
-                fired.append(layer)
-                patched = residual.clone()  # the model's own tensor may be read elsewhere
-                patched[rows.to(residual.device), position] = patch.vectors[rows].to(residual)
-                return patched
+            return hook
+
+        return [(point, counted(point, writer(some, width, self.info.d_head))) for point, some in by_point.items()]
+
+    def _read_hooks(
+        self, reads: dict[Site, dict[int, Tensor]], weights: Float[Tensor, "batch window"] | None, grad: bool
+    ) -> list[tuple[HookPoint, Callable[[Tensor], Tensor | None]]]:
+        read = reader(weights, grad)
+
+        def hook_into(found: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
+            def hook(activation: Tensor) -> None:
+                found[layer] = read(activation)
 
             return hook
 
         return [
-            (self._hooks[layer], write(layer, position, patch))
-            for position, patch in edits
-            for layer in sorted(set(patch.layers.tolist()))
+            (self._point(site, layer), hook_into(found, layer))
+            for site, found in reads.items()
+            for layer in self.layers_of(site)
         ]
 
-    def _logits(self, keep: int) -> dict[str, Any]:
-        if not self._keeps_logits:
+    def _stacked(self, site: Site, found: dict[int, Tensor]) -> Float[Tensor, "batch layer width"]:
+        missing = [layer for layer in self.layers_of(site) if layer not in found]
+        if missing:
+            raise EngineError(f"{self.name} gave no read of {site} at the layers {missing}")
+        return torch.stack([found[layer].cpu() for layer in self.layers_of(site)], dim=1)
+
+    def _check_cache(self, past: Any, expected: int) -> None:
+        seen = 0 if past is None else int(past.get_seq_length())
+        if seen != expected:
+            raise EngineError(
+                f"{self.name}: the KV cache holds {seen} of {expected} positions, so the next token would be wrong; "
+                f"transformer-lens {version('transformer-lens')} does not fill the cache of "
+                f"{type(self.bridge.original_model).__name__} in transformers {version('transformers')}. "
+                "transformers 5.24 is not supported: pip install 'transformers>=5.9,<5.24'"
+            )
+
+    def _point(self, site: Site, layer: int) -> HookPoint:
+        self.require_site(site)
+        if layer not in self._hooks[site]:
+            raise TvLensError(f"layer {layer} of {self.name} has no {site}; the layers {list(self._hooks[site])} have")
+        return self._hook_points[self._hooks[site][layer]]
+
+    @cached_property
+    def _hook_points(self) -> dict[str, HookPoint]:
+        present = self.bridge.hook_dict
+        return {name: present[name] for names in self._hooks.values() for name in names.values()}
+
+    @cached_property
+    def _components(self) -> dict[HookPoint, nn.Module]:
+        return components_of(self.bridge, self._hook_points.values())
+
+    @property
+    def _points(self) -> list[HookPoint]:
+        return list(self._hook_points.values())
+
+    def _computing(self, grad: bool) -> Any:
+        return computing(torch.device(self.bridge.cfg.device or "cpu"), self.bridge.original_model.parameters(), grad)
+
+    def _logits_to_keep(self, logits: bool) -> dict[str, Any]:
+        if not self._support.keeps_logits:
             return {}
         # A number counts from the end, where 0 would mean all; an empty index makes no logits.
-        return {"logits_to_keep": keep or torch.empty(0, dtype=torch.long, device=self.bridge.cfg.device)}
+        nothing = torch.empty(0, dtype=torch.long, device=self.bridge.cfg.device)
+        return {"logits_to_keep": 1 if logits else nothing}
 
     def _put(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.bridge.cfg.device)
 
-    @contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """No graph and no dropout; each module's train flag and our hook points come back as they were, also when a
-        pass raises.
-        """
-        training = [
-            module
-            for model in (self.bridge, self.bridge.original_model)
-            for module in model.modules()
-            if module.training
-        ]
-        grad, hook_dict = torch.is_grad_enabled(), self.bridge.hook_dict
-        points = [hook_dict[name] for name in self._hooks]
-        hooks = [(point, list(point.fwd_hooks), list(point._forward_hooks)) for point in points]
-        level = getattr(self.bridge, "context_level", 0)
 
-        def put_back() -> None:
-            torch.set_grad_enabled(grad)
-            for module in training:
-                module.training = True
-            # TransformerLens leaves its hooks there where Ctrl-C comes while it adds or removes them.
-            for point, shown, keys in hooks:
-                point.fwd_hooks[:] = shown
-                for key in [key for key in point._forward_hooks if key not in keys]:
-                    del point._forward_hooks[key]
-            self.bridge.context_level = level
+def _as_lens_hook(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Tensor | None]:
+    def hook(activation: Tensor, hook: Any) -> Tensor | None:
+        return function(activation)
 
-        try:
-            torch.set_grad_enabled(False)
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            to_its_end(put_back)
-
-
-def _context(bridge: TransformerBridge) -> int | None:
-    """The model's own limit of positions; where its configuration has none, TransformerLens makes one up."""
-    config = getattr(bridge.original_model, "config", None)
-    if config is None:
-        return int(bridge.cfg.n_ctx)
-    known = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length", "max_sequence_length")
-    limits = [getattr(config.get_text_config(), name, None) for name in known]
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
-
-
-def _shared_length(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens the rows begin with in common, at least one token of each left over."""
-    shortest = min(map(len, rows)) - 1
-    for i, column in enumerate(zip(*rows, strict=False)):
-        if i >= shortest or len(set(column)) > 1:
-            return i
-    return shortest
+    return hook

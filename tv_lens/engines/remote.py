@@ -1,7 +1,8 @@
-"""Run a `RemoteBridge`: a model that another process or library runs, which takes no Python hooks.
+"""Run a `RemoteBridge`: a model that another process or library runs, and that takes no Python hooks.
 
-Layer `l` is the output of block `l`, `blocks.l.hook_out`. A patch goes along as data, `{"op": "set", "value": vector,
-"pos": position}`, and no cache comes back: a row is sent whole for each new token, with its patch at the same position.
+Layer `l` is the output of block `l`, `blocks.l.hook_out`. An edit is sent as data, `{"op": "set", "value": vector,
+"pos": position}`, and no cache comes back: a row is sent whole for each new token, with its edits at the same
+positions.
 """
 
 from __future__ import annotations
@@ -13,23 +14,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import RemoteBridge
-from transformer_lens.model_bridge.sources.inspect.driver import InspectDriver
-from transformer_lens.model_bridge.sources.vllm.driver import VLLMDriver
 
-from tv_lens.engines.bridge import BridgeEngine
-from tv_lens.engines.contract import Past, Patch, Replay, Tokens
+from tv_lens.edits import ATTN_OUT, MLP_OUT, RESID_POST, Edit, Edits, Site
+from tv_lens.engines.base import Capability, Pass, StatelessEngine, Tokens
+from tv_lens.engines.bridge import BridgeCodec, check_batch_size, info_of
+from tv_lens.engines.drivers import remote_facts
+from tv_lens.engines.planning import Limits
+from tv_lens.errors import EngineError, UnsupportedError
+
+_NO_READOUT = (
+    "runs where its unembedding cannot be reached; boot the model with TransformerBridge.boot_transformers to see "
+    "which tokens its vectors point to"
+)
+_BOOT_TO_PATCH = (
+    "boot it with RemoteBridge.boot_vllm(name, enable_position_interventions=True), or RemoteBridge.boot_inspect(name)"
+)
+_CAPABILITIES = {Capability.PATCH, Capability.ADD, Capability.POSITIONS, Capability.CONTINUE}
 
 
-class RemoteEngine(BridgeEngine):
+class RemoteEngine(StatelessEngine):
     """A `RemoteBridge`: `boot_vllm` for models that outgrow one GPU, `boot_inspect` for Inspect's providers.
 
     Rows are sent one at a time, or `batch_size` together to a vLLM booted with `enable_batching=True`, which reads
     and generates in batches and cannot patch. Patching in vLLM takes `enable_position_interventions=True`.
-    `prepend_bos` follows the model where it is None. `progress=False` turns progress bars off.
+    `prepend_bos=None` follows the model's configuration. `progress=False` turns progress bars off.
 
     Raises:
-        TypeError: not a `RemoteBridge`.
-        ValueError: the model has no decoder-only stack of blocks, no tokenizer, or no BOS token to prepend.
+        UnsupportedError: not a `RemoteBridge`, or not a decoder-only model.
+        TvLensError: no tokenizer, or no BOS token to prepend.
     """
 
     def __init__(
@@ -41,112 +53,137 @@ class RemoteEngine(BridgeEngine):
         progress: bool = True,
     ) -> None:
         if not isinstance(bridge, RemoteBridge):
-            raise TypeError(
+            raise UnsupportedError(
                 f"RemoteEngine runs a RemoteBridge, not a {type(bridge).__name__}; boot one with "
                 "RemoteBridge.boot_vllm(name, enable_position_interventions=True) or boot_inspect(name)"
             )
-        # A bridge does not tell what it was booted with; its driver knows.
-        driver = bridge._driver
-        n_ctx, ends, self._together, self._no_patch = int(bridge.cfg.n_ctx), None, False, ""
-        if isinstance(driver, VLLMDriver):
-            config = driver._llm.llm_engine.model_config
-            ends = config.try_get_generation_config().get("eos_token_id")
-            n_ctx = min(n_ctx, config.max_model_len - 1)  # vLLM wants room for a token of its own
-            self._together = driver._enable_batching
-            if not self._together:
-                n_ctx = min(n_ctx, driver._max_num_batched_tokens)
-            if not driver._enable_position_interventions:
-                self._no_patch = "was booted without enable_position_interventions=True"
-        elif isinstance(driver, InspectDriver):
-            # Of Inspect's providers only TransformerLens's own, which holds the model itself, edits at a position.
-            model = getattr(driver._model.api, "_hf", None)
-            ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-            if model is None:
-                self._no_patch = "is run by an Inspect provider that cannot write at one position"
-        super().__init__(
+        self.bridge, self.batch_size, self.progress = bridge, check_batch_size(batch_size), progress
+        self._facts = remote_facts(bridge)
+        self._hooks = _hooks_of(bridge)
+        self.info = info_of(
             bridge,
-            "blocks.{layer}.hook_out",
-            n_ctx=n_ctx,
-            ends=ends,
-            batch_size=batch_size,
+            n_ctx=self._facts.n_ctx,
+            end_ids=self._facts.end_ids,
             prepend_bos=prepend_bos,
-            progress=progress,
+            hooks=self._hooks.get(RESID_POST, {}),
+        )
+        self.text = BridgeCodec(bridge, self.info)
+        self.sites = frozenset(self._hooks)
+        self.capabilities = frozenset(_CAPABILITIES)
+        self.reasons = {Capability.READOUT: _NO_READOUT}
+        if self._facts.cannot_patch:
+            self.capabilities -= {Capability.PATCH, Capability.ADD}
+            reason = f"{self._facts.cannot_patch}, so no vector can be written into a prompt; {_BOOT_TO_PATCH}"
+            self.reasons |= {Capability.PATCH: reason, Capability.ADD: reason}
+
+    @property
+    def limits(self) -> Limits:
+        """One row at a time, unless the remote side runs batches; rows are sent without pads."""
+        batch_size = self.batch_size if self._facts.batches else self.batch_size or 1
+        return Limits(d_vocab=self.info.d_vocab, batch_size=batch_size)
+
+    def layers_of(self, site: Site) -> tuple[int, ...]:
+        """The layers that have the site."""
+        self.require_site(site)
+        return tuple(self._hooks[site])
+
+    def run(
+        self,
+        tokens: Tokens,
+        *,
+        edits: Edits,
+        read: Sequence[Site],
+        weights: Float[Tensor, "batch window"] | None,
+        logits: bool,
+        grad: bool,
+    ) -> Pass:
+        """Send whole rows, with all edits made in them so far."""
+        if grad:
+            self.require(Capability.GRADIENTS)
+        tokens.check_positions(edits)
+        rows = [ids[seen.bool()].tolist() for ids, seen in zip(tokens.ids, tokens.mask, strict=True)]
+        together = self._facts.batches and not edits
+        batches = [list(range(len(rows)))] if together else [[row] for row in range(len(rows))]
+        made = [self._send([rows[i] for i in batch], edits.keep(batch), read, logits) for batch in batches]
+        last = [each for outputs, _ in made for each in outputs]
+        reads = [each for _, captured in made for each in captured]
+        return Pass(
+            logits=torch.stack(last) if logits else None,
+            reads={site: self._stacked(site, reads, weights) for site in read},
         )
 
-    def check_patching(self) -> None:
-        """Nothing, where vectors can be written into this model.
+    def _send(
+        self, rows: list[list[int]], edits: Edits, read: Sequence[Site], logits: bool
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """Next-token logits of each row, and what was captured of it, unpadded."""
+        intervene = self._specs(edits, len(rows[0])) if edits else {}
+        ids = rows if self._facts.batches else torch.tensor(rows, device="cpu")
+        if not read:
+            output = self.bridge.forward(ids, intervene=intervene)
+            return [output[i, len(row) - 1].float().cpu() for i, row in enumerate(rows)], []
+        wanted = [name for site in read for name in self._hooks[site].values()]
+        output, cache = self.bridge.run_with_cache(
+            ids, names_filter=wanted, return_cache_object=False, return_logits=logits, intervene=intervene
+        )
+        missing = set(wanted) - set(cache)
+        if missing:
+            raise EngineError(f"{self.name} gave no read of {sorted(missing)}")
+        # A batch comes back padded on the right.
+        captured = [{name: cache[name][i, : len(row)].float().cpu() for name in wanted} for i, row in enumerate(rows)]
+        last = [output[i, len(row) - 1].float().cpu() for i, row in enumerate(rows)] if logits else []
+        return last, captured
 
-        Raises:
-            ValueError: the bridge was booted without what that needs.
-        """
-        if self._no_patch:
-            raise ValueError(
-                f"{self.name} {self._no_patch}, so no vector can be written into a prompt's last position; boot it "
-                "with RemoteBridge.boot_vllm(name, enable_position_interventions=True), or boot_inspect(name)"
+    def _stacked(
+        self, site: Site, rows: Sequence[dict[str, Tensor]], weights: Float[Tensor, "batch window"] | None
+    ) -> Float[Tensor, "batch layer width"]:
+        stacked = []
+        for i, captured in enumerate(rows):
+            layers = torch.stack([captured[name] for name in self._hooks[site].values()])  # layer pos width
+            if weights is None:
+                stacked.append(layers[:, -1])
+                continue
+            window = min(weights.shape[1], layers.shape[1])
+            stacked.append(torch.einsum("p,lpd->ld", weights[i, -window:], layers[:, -window:]))
+        return torch.stack(stacked)
+
+    def _specs(self, edits: Edits, length: int) -> dict[str, dict[str, Any]]:
+        """The edits of one row as TransformerLens's intervention specs: one per hook."""
+        by_hook: dict[str, list[Edit]] = {}
+        for edit in edits:
+            self.require_site(edit.site)
+            if edit.keep_norm:
+                self.require(Capability.KEEP_NORM)
+            by_hook.setdefault(self._hooks[edit.site][edit.layer], []).append(edit)
+        return {name: self._spec(name, some, length) for name, some in by_hook.items()}
+
+    def _spec(self, name: str, edits: Sequence[Edit], length: int) -> dict[str, Any]:
+        ops = {edit.op for edit in edits}
+        places = [length + edit.position for edit in edits]
+        if len(ops) > 1 or len(set(places)) < len(places):
+            raise UnsupportedError(
+                f"{name} is to be written to in several ways at once, and {self.name} takes one for each hook; add the "
+                "vectors up, or use a local model"
             )
-
-    def read(self, tokens: Tokens, past: Past = None) -> Float[Tensor, "batch layer d_model"]:
-        """The residual stream after each block at the last position; float32 on the CPU."""
-        reads = []
-        for ids, edits in self._parts(Replay.after(past, tokens)):
-            _, cache = self.bridge.run_with_cache(
-                self._sent(ids),
-                names_filter=self._hooks,
-                return_cache_object=False,
-                return_logits=False,
-                intervene=edits,
+        values = [edit.value[0] for edit in edits]
+        if all(torch.equal(value, values[0]) for value in values):
+            value = values[0].tolist()
+        elif self._facts.values_per_position:
+            value = torch.stack(values).tolist()
+        else:
+            raise UnsupportedError(
+                f"{name} is to get different vectors at different positions, and {self.name} takes one vector for "
+                "each hook"
             )
-            missing = set(self._hooks) - set(cache)
-            if missing:
-                raise RuntimeError(f"{self.name} gave no read of {sorted(missing)}")
-            for i, row in enumerate(ids):  # a batch comes back padded on the right
-                reads.append(torch.stack([cache[name][i, len(row) - 1].float().cpu() for name in self._hooks]))
-        return torch.stack(reads)
+        return {"op": ops.pop(), "value": value, "pos": places if len(places) > 1 else places[0]}
 
-    def step(
-        self, tokens: Tokens, patch: Patch | None = None, past: Past = None
-    ) -> tuple[Float[Tensor, "batch d_vocab"], Past]:
-        """Next-token logits (float32, on the CPU) after the last position, with `patch` written there, and the rows
-        so far with their patches, to be sent again with the next token.
-        """
-        if patch is not None:
-            self.check_patching()
-        past = Replay.after(past, tokens, patch)
-        logits = []
-        for ids, edits in self._parts(past):
-            found = self.bridge.forward(self._sent(ids), intervene=edits)
-            logits += [found[i, len(row) - 1].float().cpu() for i, row in enumerate(ids)]
-        return torch.stack(logits), past
 
-    def fork(self, past: Past, copies: int = 1) -> Past:
-        """An independent past with each row `copies` times in a row."""
-        return past.copies(copies)
-
-    def select(self, past: Past, rows: Sequence[int]) -> Past:
-        """The past of only these rows."""
-        return past.keep(rows)
-
-    # Inside
-
-    def _rows(self, longest: int) -> int:
-        return super()._rows(longest) if self._together else self.batch_size or 1
-
-    def _parts(self, replay: Replay) -> list[tuple[list[list[int]], dict[str, dict[str, Any]]]]:
-        """What to send at once: rows without their pads, and what to write where in them."""
-        rows = [ids[seen.bool()].tolist() for ids, seen in zip(replay.tokens.ids, replay.tokens.mask, strict=True)]
-        if self._together and not replay.edits:
-            return [(rows, {})]
-        return [([row], self._edits(replay, i)) for i, row in enumerate(rows)]
-
-    def _edits(self, replay: Replay, row: int) -> dict[str, dict[str, Any]]:
-        edits: dict[str, dict[str, Any]] = {}
-        for at, patch in replay.edits:
-            name = self._hooks[int(patch.layers[row])]
-            if name in edits:
-                raise ValueError(f"{name} is to be written at two positions of a row; {self.name} takes one a layer")
-            position = int(replay.tokens.mask[row, :at].sum())  # pads are not sent
-            edits[name] = {"op": "set", "value": patch.vectors[row].tolist(), "pos": position}
-        return edits
-
-    def _sent(self, ids: list[list[int]]) -> list[list[int]] | Tensor:
-        return ids if self._together else torch.tensor(ids)
+def _hooks_of(bridge: RemoteBridge) -> dict[Site, dict[int, str]]:
+    """For each site that can be read, the hook of every layer."""
+    present = bridge.hook_dict
+    hooks = {}
+    for site in (RESID_POST, ATTN_OUT, MLP_OUT):
+        names = {layer: str(site.remote_hook).format(layer=layer) for layer in range(int(bridge.cfg.n_layers))}
+        named = {layer: name for layer, name in names.items() if name in present}
+        if named:
+            hooks[site] = named
+    return hooks

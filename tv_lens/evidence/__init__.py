@@ -1,1 +1,1 @@
-"""Evidence: scores, sweeps, controls and experiments."""
+"""Evidence: scores with intervals, sweeps, evaluations with controls, and experiments."""

@@ -1,71 +1,100 @@
-"""A run kept in a folder, a file a task."""
+"""A run kept in a folder: its settings, and one file for each vector and each result, written when it is ready."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from tv_lens.evidence.results import TaskResult, task_result
-from tv_lens.files import from_json, to_json, write_whole
+from tv_lens.errors import TvLensError
+from tv_lens.evidence.results import TaskResult
+from tv_lens.evidence.settings import Settings
+from tv_lens.files import from_typed_json, to_json, write_whole
 from tv_lens.vectors import TaskVectors
 
 
-class Kept:
-    """What a run has found so far: in memory, and in a folder where there is one, a file a task."""
+class Checkpoints:
+    """What a run has so far, in memory and in its folder, if it has one.
 
-    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
-        self.folder, self.results, self.vectors = folder, dict[str, TaskResult](), dict[str, TaskVectors]()
-        self._settings = settings
+    Raises:
+        TvLensError: the folder holds a run with other settings, something else, or a damaged file.
+    """
+
+    def __init__(self, folder: Path | None, settings: Settings) -> None:
+        self.folder, self.settings = folder, settings
+        self.results: dict[tuple[str, str], TaskResult] = {}
+        self.vectors: dict[tuple[str, str], TaskVectors] = {}
         if folder is None or not folder.exists():
             return
-        whole = folder / "settings.json"
-        if whole.exists():
-            try:
-                before = from_json(whole.read_bytes())
-                differ = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{whole}: no settings of an experiment ({error}); use another folder") from error
-            if differ:
-                told = "; ".join(f"{name} was {before.get(name)}, is {settings.get(name)}" for name in differ)
-                raise ValueError(f"{folder} holds a run with other settings ({told}); use another folder for this one")
-        elif any(path.suffix != ".partial" for path in folder.iterdir()):  # a killed run can leave one
-            raise ValueError(f"{folder} is not empty and holds no experiment; use another folder")
-        for name in settings["tasks"]:
-            if self._path(name, "json").exists():
-                self.results[name] = _read_result(self._path(name, "json"), name)
-            if self._path(name, "safetensors").exists():
-                self.vectors[name] = TaskVectors.load(self._path(name, "safetensors"))
+        self._check_folder(folder)
+        for task in settings.tasks:
+            for method in settings.methods:
+                if self._path(task, method, "json").exists():
+                    self.results[task, method] = self._read_result(task, method)
+                if self._path(task, method, "safetensors").exists():
+                    self.vectors[task, method] = self._read_vectors(task, method)
+
+    def keep_vectors(self, task: str, method: str, vectors: TaskVectors) -> TaskVectors:
+        """Keep a task's vectors; they are returned."""
+        self.vectors[task, method] = vectors
+        if self.folder is not None:
+            path = self.folder / "settings.json"
+            if not path.exists():  # only once there is something to keep
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(path, to_json(self.settings, indent=1))
+            vectors.save(self._path(task, method, "safetensors"))
+        return vectors
 
     def keep_result(self, result: TaskResult) -> None:
-        self.results[result.task] = result
+        """Keep a task's result."""
+        self.results[result.task, result.method] = result
         if self.folder is not None:
-            write_whole(self._path(result.task, "json"), to_json(asdict(result), indent=1))
+            write_whole(self._path(result.task, result.method, "json"), to_json(result, indent=1))
 
-    def keep_vector(self, name: str, vectors: TaskVectors) -> None:
-        self.vectors[name] = vectors
-        if self.folder is not None:
-            if not (self.folder / "settings.json").exists():  # not before there is something that they made
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(self.folder / "settings.json", to_json(self._settings, indent=1))
-            vectors.save(self._path(name, "safetensors"))
+    def _check_folder(self, folder: Path) -> None:
+        path = folder / "settings.json"
+        if not path.exists():
+            if any(each.suffix != ".partial" for each in folder.iterdir()):  # a killed run can leave one
+                raise TvLensError(f"{folder} is not empty and holds no experiment; use another folder")
+            return
+        try:
+            before = from_typed_json(path.read_bytes(), Settings)
+        except TvLensError as error:
+            raise TvLensError(f"{path}: no settings of an experiment ({error}); use another folder") from error
+        differences = before.differences(self.settings)
+        if differences:
+            raise TvLensError(
+                f"{folder} holds a run with other settings ({'; '.join(differences)}); use another folder for this one"
+            )
 
-    def _path(self, name: str, kind: str) -> Path:
+    def _read_result(self, task: str, method: str) -> TaskResult:
+        path = self._path(task, method, "json")
+        try:
+            result = from_typed_json(path.read_bytes(), TaskResult)
+            if result.task != task:
+                raise TvLensError(f"it is of the task {result.task!r}, not {task!r}")
+            if result.method != method:
+                raise TvLensError(f"it is of the method {result.method!r}, not {method!r}")
+            return result
+        except TvLensError as error:
+            raise TvLensError(f"{path}: a damaged result ({error}); delete it to have the task run again") from error
+
+    def _read_vectors(self, task: str, method: str) -> TaskVectors:
+        path, settings = self._path(task, method, "safetensors"), self.settings
+        vectors = TaskVectors.load(path)
+        if (vectors.model, vectors.task) != (settings.model, task):
+            raise TvLensError(
+                f"{path}: vectors of {vectors.task!r} and {vectors.model}, not of {task!r} and {settings.model}; "
+                "delete it to have them made again"
+            )
+        if vectors.n_layers != settings.n_layers:
+            raise TvLensError(f"{path}: vectors for {vectors.n_layers} layers, not {settings.n_layers}; delete it")
+        return vectors
+
+    def _path(self, task: str, method: str, kind: str) -> Path:
         assert self.folder is not None
+        name = task if len(self.settings.methods) == 1 else f"{task}, {method}"
         # A task's name may hold what a file's may not; the digest keeps two such names apart.
         plain = "".join(char if char.isalnum() or char in "-_" else "_" for char in name)
         plain = plain.encode()[:80].decode(errors="ignore")  # file systems count bytes
         mark = "" if plain == name else "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
         return self.folder / f"task-{plain}{mark}.{kind}"
-
-
-def _read_result(path: Path, task: str) -> TaskResult:
-    try:
-        result = task_result(from_json(path.read_bytes()))
-        if result.task != task:
-            raise ValueError(f"it is of the task {result.task!r}, not {task!r}")
-        return result
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: a damaged result ({error!r}); delete it to have the task run again") from error

@@ -1,22 +1,118 @@
-"""What a vector is held against: random directions, shuffled demonstrations."""
+"""What a task's vector is compared with: vectors of the same site, layer and norm that do not hold the task.
+
+A custom control is a class that derives from `Control`, names itself and defines `__call__`.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from transformer_lens.utilities.statistics import derive_generator
 
+from tv_lens.engines import Engine
+from tv_lens.errors import TvLensError
+from tv_lens.methods import Method
 from tv_lens.prompts import Example, Prompt
+from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors
 
 
+@dataclass(frozen=True)
+class Treatment:
+    """What a control is compared with: `vectors`, made by `method` from `prompts` of `task`.
+
+    `n` is the number of prompts that will be patched. `other` gives another task's vector, None if there is no other.
+    """
+
+    engine: Engine
+    task: Task
+    prompts: Sequence[Prompt]
+    vectors: TaskVectors
+    method: Method
+    seed: int
+    n: int
+    other: Callable[[], TaskVectors] | None = None
+
+
+class Control(ABC):
+    """A kind of control. `description` says on report pages what it is."""
+
+    name: ClassVar[str]
+    description: ClassVar[str] = ""
+
+    @abstractmethod
+    def __call__(self, treatment: Treatment) -> TaskVectors | None:
+        """The control's vectors, one for each patched prompt or one for all; None if there can be none."""
+
+
+@dataclass(frozen=True)
+class RandomDirection(Control):
+    """For each patched prompt another random direction, as long as the task's vector."""
+
+    name: ClassVar[str] = "random"
+    description: ClassVar[str] = "a random vector as long as the task's"
+
+    def __call__(self, treatment: Treatment) -> TaskVectors:
+        """One vector per patched prompt."""
+        return random_like(treatment.vectors, treatment.n, treatment.seed)
+
+
+@dataclass(frozen=True)
+class OtherTask(Control):
+    """The vector of another task."""
+
+    name: ClassVar[str] = "other task"
+    description: ClassVar[str] = "the vector of another task"
+
+    def __call__(self, treatment: Treatment) -> TaskVectors | None:
+        """The other task's vector, if there is another task."""
+        return None if treatment.other is None else treatment.other()
+
+
+@dataclass(frozen=True)
+class ShuffledDemonstrations(Control):
+    """The vector that the same method makes of the same prompts, with the outputs of each prompt's demonstrations
+    permuted.
+    """
+
+    name: ClassVar[str] = "shuffled"
+    description: ClassVar[str] = "the vector of demonstrations with permuted outputs"
+
+    def __call__(self, treatment: Treatment) -> TaskVectors | None:
+        """The mean vector if the task's is one, else one per prompt; None without two demonstrations to permute."""
+        if min(prompt.shots for prompt in treatment.prompts) < 2:
+            return None
+        mixed = shuffle_outputs(treatment.prompts, treatment.seed)
+        vectors = treatment.method(treatment.engine, treatment.task, mixed, treatment.seed)
+        return vectors.mean() if len(treatment.vectors) == 1 else vectors
+
+
+CONTROLS: tuple[Control, ...] = (RandomDirection(), OtherTask(), ShuffledDemonstrations())
+
+
+def control_vectors(controls: Sequence[Control], treatment: Treatment) -> dict[str, TaskVectors]:
+    """The vectors of each control that there can be, by name."""
+    made = {control.name: control(treatment) for control in controls}
+    return {name: vectors for name, vectors in made.items() if vectors is not None}
+
+
+def check_controls(controls: Sequence[Control]) -> None:
+    """Raise TvLensError unless `controls` are controls with different names."""
+    names = [control.name for control in controls if isinstance(control, Control)]
+    if isinstance(controls, Control) or len(set(names)) < len(controls):
+        raise TvLensError(f"controls are {controls!r}; give a list of controls with different names")
+
+
 def random_like(vectors: TaskVectors, n: int, seed: int) -> TaskVectors:
-    """`n` random vectors, at each layer as long as the given ones: a direction of its own for each prompt."""
-    shape = (n, vectors.n_layers, vectors.d_model)
-    noise = torch.randn(shape, generator=derive_generator(seed, "random control"))
+    """`n` random vectors, at each layer as long as the given ones: another direction for each prompt."""
+    shape = (n, *vectors.values.shape[1:])
+    generator = derive_generator(seed, "random control")
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     length = vectors.values.norm(dim=-1, keepdim=True)
     return replace(
         vectors,
@@ -25,33 +121,35 @@ def random_like(vectors: TaskVectors, n: int, seed: int) -> TaskVectors:
         prompts=(),
         substitutes=(),
         method=f"random, as long as {vectors.method} of {vectors.task!r}",
+        options={},
+        terms=(),
     )
 
 
 def shuffle_outputs(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
-    """The prompts with the outputs of their demonstrations exchanged, so that none keeps its own place and as few as
-    can be are right all the same: where most demonstrations of a prompt have one output, some must be.
+    """The prompts with the outputs of their demonstrations permuted, so that no demonstration keeps its own and as few
+    as possible are still correct. (If most outputs are equal, some will be.)
 
     Raises:
-        ValueError: a prompt with fewer than two demonstrations.
+        TvLensError: a prompt with fewer than two demonstrations.
     """
     draw = random.Random(f"shuffle outputs:{seed}")
     mixed = []
     for i, prompt in enumerate(prompts):
         if prompt.shots < 2:
-            raise ValueError(f"prompt {i} has {prompt.shots} demonstrations; outputs are exchanged among 2 or more")
+            raise TvLensError(f"prompt {i} has {prompt.shots} demonstrations; outputs are permuted among 2 or more")
         order = draw.sample(range(prompt.shots), prompt.shots)
         outputs = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle through all
         if any(prompt.examples[j].output == prompt.examples[k].output for j, k in outputs.items()):
-            outputs = _most_wrong([example.output for example in prompt.examples], order)
+            outputs = _fewest_correct([example.output for example in prompt.examples], order)
         examples = [Example(each.input, prompt.examples[outputs[j]].output) for j, each in enumerate(prompt.examples)]
         mixed.append(replace(prompt, examples=tuple(examples)))
     return mixed
 
 
-def _most_wrong(outputs: Sequence[str], order: Sequence[int]) -> dict[int, int]:
-    """Whose output each takes, so that the fewest are equal to their own and, of these, none is its own; which of
-    the many such exchanges it is goes by `order`.
+def _fewest_correct(outputs: Sequence[str], order: Sequence[int]) -> dict[int, int]:
+    """The assignment of outputs with the fewest correct pairs and, among these, the fewest fixed points; `order` breaks
+    ties.
     """
     import numpy as np
     from scipy.optimize import linear_sum_assignment

@@ -1,161 +1,250 @@
-"""Score answers, sweep layers, evaluate beside controls."""
+"""Score answers, sweep layers, evaluate with controls, and set demonstrations against a vector."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-from tv_lens.engines import Engine, engine_for, engine_name
-from tv_lens.evidence.controls import random_like, shuffle_outputs
+from tv_lens.edits import Edits, Layers, Positions, Write
+from tv_lens.engines import Engine, Model, engine_for
+from tv_lens.errors import TvLensError
+from tv_lens.evidence.controls import RandomDirection, ShuffledDemonstrations, Treatment, control_vectors
 from tv_lens.evidence.results import Conflict, Evaluation, Score, Sweep
-from tv_lens.generation import answer_all, answer_side_by_side, patch_for
-from tv_lens.methods.extraction import extract
+from tv_lens.generation import Answer, Completions, answer, check_new_tokens, encode
+from tv_lens.methods.base import method_of
+from tv_lens.methods.extraction import Extraction
+from tv_lens.patching import Placement, check_vectors, edits_for
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors, check_layer
 
 
 def score(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> Score:
-    """How the answers `texts` to `prompts` score by the task's own rule, against each prompt's answer, or the
-    task's where a prompt holds none.
+    """How the answers `texts` to `prompts` score by the task's own rule, against each prompt's answer, or the task's if
+    a prompt holds none.
+
+    A rule that compares token ids gets those of `Completions`; other texts are judged as texts.
 
     Raises:
-        ValueError: no prompts, or another number of texts.
+        TvLensError: no prompts, or another number of texts.
     """
     check_prompts(prompts)
     if len(texts) != len(prompts):
-        raise ValueError(f"{len(texts)} texts for {len(prompts)} prompts; give one for each")
+        raise TvLensError(f"{len(texts)} texts for {len(prompts)} prompts; give one for each")
+    ids = texts.tokens.tolist() if isinstance(texts, Completions) else [None] * len(texts)
     answers = tuple(task.answer(p.query) if p.answer is None else p.answer for p in prompts)
-    correct = tuple(task.right(text, answer) for text, answer in zip(texts, answers, strict=True))
-    return Score(tuple(texts), answers, correct)
+    judged = [task.right(*each) for each in zip(texts, answers, ids, strict=True)]
+    return Score(tuple(texts), answers, tuple(judged))
 
 
 def sweep_layers(
-    model: Any,
+    model: Model,
     task: Task,
     prompts: Sequence[Prompt],
     vectors: TaskVectors,
     layers: Sequence[int] | None = None,
     *,
+    how: Write | None = None,
+    positions: Positions = "last",
+    keep_demonstrations: bool = False,
     max_new_tokens: int = 8,
 ) -> Sweep:
-    """Score the patched answers to each prompt's query at every layer, or at those given (Hendel et al. 2023,
-    section 3.2 and figure 4). Choose a layer so on prompts that you do not report on.
+    """Score the patched answers to each prompt's query at every layer that has a vector, or at those given (Hendel et
+    al. 2023, section 3.2 and figure 4). Choose the layer on prompts whose results you do not report.
 
-    The queries are run once, up to their last token; from there all layers go on side by side.
+    The queries are run once, up to where the vectors are written; from there all layers continue side by side. The
+    keywords are those of `patch_generate`.
 
     Raises:
-        ValueError: as `patch_generate`, or no layers, or one of them twice.
+        TvLensError: as `patch_generate`, or no layers, or one of them twice.
     """
-    engine = engine_for(model)
+    engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations)
     check_prompts(prompts)
-    chosen = chosen_layers(engine, layers)
-    patches = [patch_for(engine, len(prompts), vectors, layer) for layer in chosen]
-    answers = answer_side_by_side(engine, prompts, patches, max_new_tokens)
-    return Sweep(tuple(chosen), tuple(score(task, prompts, texts) for texts in answers), engine.n_layers)
+    chosen = swept_layers(engine, layers, vectors.layers)
+    conditions = [(vectors, layer) for layer in chosen]
+    scores = patched_scores(engine, task, prompts, conditions, placement, max_new_tokens)
+    return Sweep(tuple(chosen), tuple(scores), engine.n_layers)
 
 
-def chosen_layers(engine: Engine, layers: Sequence[int] | None) -> Sequence[int]:
-    chosen = range(engine.n_layers) if layers is None else layers
+def swept_layers(engine: Engine, layers: Sequence[int] | None, with_vectors: Sequence[int]) -> list[int]:
+    """The layers of a sweep, checked against the model.
+
+    Raises:
+        TvLensError: no layers, one of them twice, or one that the model does not have.
+    """
+    chosen = with_vectors if layers is None else layers
     if not isinstance(chosen, Sequence) or not len(chosen) or len(set(chosen)) < len(chosen):
-        raise ValueError(f"layers are {chosen!r}; give a list of different ones, at least one, or None for all")
+        raise TvLensError(f"layers are {chosen!r}; give a list of different ones, at least one, or None for all")
     for layer in chosen:
-        check_layer(layer, engine.n_layers, engine_name(engine))
-    return [int(layer) for layer in chosen]  # NumPy's own are not JSON's
+        check_layer(layer, engine.n_layers, engine.name)
+    return [int(layer) for layer in chosen]  # NumPy integers are not JSON-serializable
 
 
 def evaluate(
-    model: Any,
+    model: Model,
     task: Task,
     prompts: Sequence[Prompt],
     vectors: TaskVectors,
-    layer: int,
+    layer: int | Layers,
     *,
+    how: Write | None = None,
+    positions: Positions = "last",
+    keep_demonstrations: bool = False,
     max_new_tokens: int = 8,
     controls: Mapping[str, TaskVectors] | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """How well the queries of few-shot `prompts` are answered zero-shot, few-shot, and zero-shot with `vectors`
-    written in at `layer`. Use prompts that had no part in extracting the vectors or in choosing the layer.
+    """How well the queries of few-shot `prompts` are answered zero-shot, few-shot, and with `vectors` written in at
+    `layer`. Use prompts that had no part in extracting the vectors or in choosing the layer.
 
-    Controls at the same layer: `random`, for each row another random direction of the vector's own length;
-    `shuffled`, the vector of these prompts' demonstrations with their outputs exchanged (where they have two or
-    more); and what `controls` names, such as the vectors of another task.
+    Controls at the same layer: `random`, for each prompt another random direction as long as the vector; `shuffled`,
+    the vector that the same method makes of these prompts with their demonstrations' outputs permuted (if they have two
+    or more); and what `controls` names, such as the vectors of another task. The other keywords are those of
+    `patch_generate`.
 
     Raises:
-        ValueError: as `patch_generate`, prompts without demonstrations, or a control named like a condition.
+        TvLensError: as `patch_generate`, prompts without demonstrations, or a control named like a condition.
     """
-    engine = engine_for(model)
-    check_prompts(prompts)
-    check_layer(layer, engine.n_layers, engine_name(engine))
-    if not all(prompt.examples for prompt in prompts):
-        raise ValueError("few-shot accuracy needs demonstrations; sample the prompts with shots=1 or more")
+    engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations)
+    check_evaluation(engine, task, prompts, [vectors, *(controls or {}).values()], layer, max_new_tokens)
     taken = {"zero-shot", "few-shot", "patched"} & set(controls or ())
     if taken:
-        raise ValueError(f"controls are named {sorted(taken)}, which are conditions already; name them otherwise")
-    patch_for(engine, len(prompts), vectors, layer)
-    tried = {"random": random_like(vectors, len(prompts), seed), **(controls or {})}
-    for each in tried.values():  # refuses what cannot be patched before anything is run
-        patch_for(engine, len(prompts), each, layer)
+        raise TvLensError(f"controls are named {sorted(taken)}, which are conditions already; name them otherwise")
+    method = method_of(vectors) or Extraction(substitutes=1)
+    treatment = Treatment(engine, task, prompts, vectors, method, seed, len(prompts))
+    given = controls or {}
+    before = {} if "random" in given else control_vectors([RandomDirection()], treatment)
+    after = {} if "shuffled" in given else control_vectors([ShuffledDemonstrations()], treatment)
+    compared = {**before, **given, **after}
+    return evaluate_with(engine, task, prompts, vectors, layer, compared, placement, max_new_tokens)
 
-    # The longest texts go first, so that one too long is refused before the model runs.
-    few_shot = answer_all(engine, prompts, None, max_new_tokens)
-    zero_shot = answer_all(engine, [prompt.zero_shot() for prompt in prompts], None, max_new_tokens)
-    if "shuffled" not in tried and min(prompt.shots for prompt in prompts) > 1:
-        mixed = extract(engine, shuffle_outputs(prompts, seed), task.substitutes(prompts, 1, seed=seed))
-        tried["shuffled"] = mixed.mean() if len(vectors) == 1 else mixed
-    patches = [patch_for(engine, len(prompts), each, layer) for each in (vectors, *tried.values())]
-    patched, *controlled = answer_side_by_side(engine, prompts, patches, max_new_tokens)
+
+def evaluate_with(
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[Prompt],
+    vectors: TaskVectors,
+    layer: int | Layers,
+    controls: Mapping[str, TaskVectors],
+    placement: Placement,
+    max_new_tokens: int,
+) -> Evaluation:
+    """The evaluation with exactly these controls; the arguments are checked."""
+    few_shot = unpatched_score(engine, task, prompts, max_new_tokens)
+    zero_shot = unpatched_score(engine, task, [prompt.zero_shot() for prompt in prompts], max_new_tokens)
+    conditions = [(each, layer) for each in (vectors, *controls.values())]
+    patched, *controlled = patched_scores(engine, task, prompts, conditions, placement, max_new_tokens)
     return Evaluation(
-        layer,
-        zero_shot=score(task, prompts, zero_shot),
-        few_shot=score(task, prompts, few_shot),
-        patched=score(task, prompts, patched),
-        controls={name: score(task, prompts, texts) for name, texts in zip(tried, controlled, strict=True)},
+        layer if isinstance(layer, int) else layer.numbers,
+        zero_shot=zero_shot,
+        few_shot=few_shot,
+        patched=patched,
+        controls=dict(zip(controls, controlled, strict=True)),
         n_layers=engine.n_layers,
     )
 
 
+def check_evaluation(
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[Prompt],
+    vectors: Sequence[TaskVectors],
+    layer: int | Layers,
+    max_new_tokens: int,
+) -> None:
+    """Refuse what cannot be evaluated, before anything is run."""
+    check_prompts(prompts)
+    for number in layer if isinstance(layer, Layers) else [layer]:
+        check_layer(number, engine.n_layers, engine.name)
+    if not all(prompt.examples for prompt in prompts):
+        raise TvLensError("few-shot accuracy needs demonstrations; sample the prompts with shots=1 or more")
+    for each in vectors:
+        check_vectors(engine, each, len(prompts))
+    encode(engine, prompts, _tokens_for(engine, task, max_new_tokens))
+
+
+def unpatched_score(engine: Engine, task: Task, prompts: Sequence[Prompt], max_new_tokens: int) -> Score:
+    """The score of the model's own answers to the prompts as they are."""
+    n_tokens = _tokens_for(engine, task, max_new_tokens)
+    [answers] = answer(engine, prompts, encode(engine, prompts, n_tokens), [Edits()], n_tokens)
+    return _judged(task, prompts, answers)
+
+
+def patched_scores(
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[Prompt],
+    conditions: Sequence[tuple[TaskVectors, int | Layers]],
+    placement: Placement,
+    max_new_tokens: int,
+) -> list[Score]:
+    """The score of the patched answers under each condition, all of them side by side."""
+    asked = placement.prompts(prompts)
+    for vectors in {id(each): each for each, _ in conditions}.values():  # a sweep has the same ones at every layer
+        check_vectors(engine, vectors, len(asked))
+    n_tokens = _tokens_for(engine, task, max_new_tokens)
+    ids = encode(engine, asked, n_tokens)
+    edits = [edits_for(engine, asked, ids, vectors, layer, placement) for vectors, layer in conditions]
+    answers = answer(engine, asked, ids, edits, n_tokens)
+    return [_judged(task, prompts, each) for each in answers]
+
+
+def _tokens_for(engine: Engine, task: Task, max_new_tokens: int) -> int:
+    """How many tokens to generate: at least what the task's rule needs to see."""
+    check_new_tokens(engine, max_new_tokens)
+    return max(max_new_tokens, task.rule.tokens)
+
+
+def _judged(task: Task, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Score:
+    texts = tuple(each.answer for each in answers)
+    expected = tuple(task.answer(p.query) if p.answer is None else p.answer for p in prompts)
+    correct = [task.right(text, each, own.ids) for text, each, own in zip(texts, expected, answers, strict=True)]
+    return Score(texts, expected, tuple(correct))
+
+
 def conflict(
-    model: Any,
+    model: Model,
     task: Task,
     rival: Task,
     prompts: Sequence[Prompt],
     vectors: TaskVectors,
-    layer: int,
+    layer: int | Layers,
     *,
+    how: Write | None = None,
+    positions: Positions = "last",
     max_new_tokens: int = 8,
 ) -> Conflict:
-    """Which wins, demonstrations of `task` or the vector of `rival`? The few-shot `prompts` keep their
-    demonstrations, and `vectors` of the rival are written at their last position (Hendel et al. 2023,
-    section 5, conflicting tasks).
+    """Which wins, demonstrations of `task` or the vector of `rival`? The few-shot `prompts` keep their demonstrations,
+    and `vectors` of the rival are written into them (Hendel et al. 2023, section 5, conflicting tasks).
 
     Raises:
-        ValueError: as `patch_generate`, prompts without demonstrations, or a query the rival has no answer to.
+        TvLensError: as `patch_generate`, prompts without demonstrations, or a query the rival has no answer to.
     """
-    engine = engine_for(model)
+    engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations=True)
     check_prompts(prompts)
-    check_layer(layer, engine.n_layers, engine_name(engine))
-    patch = patch_for(engine, len(prompts), vectors, layer)
+    for number in layer if isinstance(layer, Layers) else [layer]:
+        check_layer(number, engine.n_layers, engine.name)
+    check_vectors(engine, vectors, len(prompts))
     if not all(prompt.examples for prompt in prompts):
-        raise ValueError("conflicting demonstrations are needed; sample the prompts with shots=1 or more")
+        raise TvLensError("conflicting demonstrations are needed; sample the prompts with shots=1 or more")
     unanswered = [prompt.query for prompt in prompts if prompt.query not in rival.inputs]
     if unanswered:
-        raise ValueError(
-            f"{len(unanswered)} queries are no inputs of the rival {rival.name!r} ({unanswered[0]!r}, ...); "
+        raise TvLensError(
+            f"{len(unanswered)} queries are not inputs of the rival {rival.name!r} ({unanswered[0]!r}, ...); "
             "conflicting tasks share their inputs, as present_to_past and present_to_gerund do"
         )
     as_rival = [replace(prompt, answer=rival.answer(prompt.query)) for prompt in prompts]
-    plain = answer_all(engine, prompts, None, max_new_tokens)
-    patched = answer_all(engine, prompts, patch, max_new_tokens)
+    n_tokens = max(_tokens_for(engine, each, max_new_tokens) for each in (task, rival))
+    ids = encode(engine, prompts, n_tokens)
+    edits = [Edits(), edits_for(engine, prompts, ids, vectors, layer, placement)]
+    plain, patched = answer(engine, prompts, ids, edits, n_tokens)
     return Conflict(
         task.name,
         rival.name,
-        layer,
-        plain_task=score(task, prompts, plain),
-        plain_rival=score(rival, as_rival, plain),
-        patched_task=score(task, prompts, patched),
-        patched_rival=score(rival, as_rival, patched),
+        layer if isinstance(layer, int) else layer.numbers,
+        plain_task=_judged(task, prompts, plain),
+        plain_rival=_judged(rival, as_rival, plain),
+        patched_task=_judged(task, prompts, patched),
+        patched_rival=_judged(rival, as_rival, patched),
         n_layers=engine.n_layers,
     )

@@ -1,27 +1,31 @@
-"""The paper's main experiment, task by task."""
+"""The paper's main experiment, task by task and method by method."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tv_lens.answers import first_token
-from tv_lens.engines import bar, engine_for, engine_name
-from tv_lens.evidence.checkpoints import Kept
-from tv_lens.evidence.controls import shuffle_outputs
-from tv_lens.evidence.evaluation import chosen_layers, evaluate, sweep_layers
+from tv_lens.engines import Capability, Engine, Model, engine_for, progress_bar
+from tv_lens.errors import TvLensError
+from tv_lens.evidence.checkpoints import Checkpoints
+from tv_lens.evidence.controls import CONTROLS, Control, Treatment, check_controls, control_vectors
+from tv_lens.evidence.evaluation import check_evaluation, evaluate_with, sweep_layers, swept_layers
 from tv_lens.evidence.results import Experiment, TaskResult
-from tv_lens.generation import check_new_tokens, check_patching
-from tv_lens.methods.extraction import extract, extract_across
-from tv_lens.prompts import PAPER, Template
-from tv_lens.tasks import Task, fingerprint, rule_name
-from tv_lens.vectors import TaskVectors, versions
+from tv_lens.evidence.settings import Settings
+from tv_lens.generation import check_new_tokens, encode
+from tv_lens.methods.base import Method, check_methods
+from tv_lens.methods.extraction import AcrossPrompts, Extraction
+from tv_lens.patching import Placement
+from tv_lens.prompts import PAPER, Prompt, PromptFormat
+from tv_lens.provenance import versions
+from tv_lens.tasks import Task, fingerprint
+from tv_lens.vectors import TaskVectors
 
 
 def run_experiment(
-    model: Any,
+    model: Model,
     tasks: Sequence[Task],
     *,
     shots: int = 5,
@@ -30,120 +34,210 @@ def run_experiment(
     seed: int = 0,
     substitutes: int = 2,
     across: bool = False,
-    template: Template = PAPER,
+    methods: Sequence[Method] | None = None,
+    controls: Sequence[Control] = CONTROLS,
+    template: PromptFormat = PAPER,
     max_new_tokens: int = 8,
     layers: Sequence[int] | None = None,
     folder: str | Path | None = None,
 ) -> Experiment:
     """The paper's main experiment (Hendel et al. 2023, section 3), for each task:
 
-    its inputs are parted into dev and test with none in common; the mean task vector of `n_dev` dev prompts is
-    extracted (with `substitutes`, or `across` prompts) and written in at every layer for the dev queries; at the
-    best layer it is evaluated, once, on `n_test` test prompts, beside controls. A task with fewer inputs gets as
-    many prompts as it has inputs on either side. The control `other task` takes the vector of the task half the
-    list away.
+    its inputs are split into disjoint dev and test sets; the mean task vector of `n_dev` dev prompts is made by each of
+    `methods` (by default `Extraction(substitutes)`, or `AcrossPrompts()` with `across`) and written in at every layer
+    for the dev queries; at the best layer it is evaluated, once, on `n_test` test prompts, with `controls`. A task with
+    fewer inputs gets as many prompts as it has inputs in either set. The control `other task` takes the vector of the
+    task half the list away.
 
-    With `max_new_tokens=1` answers are scored by their first token (`first_token`), else in full by each task's
-    own rule; `settings["scoring"]` says which. Same seed, same table.
+    With `max_new_tokens=1` answers are scored by their first token, or by the first one that tells the task's answers
+    apart (`first_token`), else in full by each task's own rule; `settings["scoring"]` and `settings["rules"]` say
+    which. The same seed gives the same table.
 
-    With a `folder`, each finished task is kept there, and a run with the same settings goes on where it was
-    interrupted.
+    With a `folder`, each finished task is kept there, and a run with the same settings resumes where it stopped.
 
     Raises:
-        ValueError: no tasks or two of one name, too few inputs, fewer than one substitute, or a folder of another
+        TvLensError: no tasks or two of one name, too few inputs, fewer than one substitute, or a folder of another
             run; the message says which settings differ.
     """
     engine = engine_for(model)
+    check_new_tokens(engine, max_new_tokens)
+    engine.require(Capability.PATCH)
+    if methods is None:
+        methods = [AcrossPrompts()] if across else [Extraction(substitutes=substitutes)]
+    check_methods(methods)
+    check_controls(controls)
+    swept = swept_layers(engine, layers, range(engine.n_layers))
+    plans = _plans(engine, tasks, shots, n_dev, n_test, int(seed), template, max_new_tokens)
+    settings = Settings(
+        model=engine.name,
+        engine=type(engine).__name__,
+        weights=_weights(engine, plans, folder),
+        dtype=engine.info.dtype,
+        n_layers=engine.n_layers,
+        d_model=engine.d_model,
+        prepend_bos=engine.info.prepend_bos,
+        bos=engine.info.bos,
+        tasks=tuple(plan.task.name for plan in plans),
+        data={plan.task.name: fingerprint(plan.task) for plan in plans},
+        rules={plan.task.name: plan.task.rule.name or "unnamed" for plan in plans},
+        shots=shots,
+        n_dev=n_dev,
+        n_test=n_test,
+        seed=int(seed),
+        method=", ".join(method.name for method in methods),
+        methods={method.name: method.options for method in methods},
+        substitutes=substitutes,
+        controls=tuple(control.name for control in controls),
+        template=template.to_dict(),
+        max_new_tokens=max_new_tokens,
+        scoring="first token" if max_new_tokens == 1 else "full answer",
+        layers=tuple(swept),
+        versions=versions(),
+    )
+    checkpoints = Checkpoints(None if folder is None else Path(folder), settings)
+    for plan in plans:  # a prompt that is too long shows now, and not after an hour
+        encode(engine, [*plan.dev_prompts, *plan.test_prompts], max(max_new_tokens, plan.task.rule.tokens))
+    run = _Run(engine, plans, settings, checkpoints, tuple(controls))
+    with progress_bar(engine, len(plans) * len(methods), "task") as shown:
+        for i, plan in enumerate(plans):
+            for method in methods:
+                if (plan.task.name, method.name) not in checkpoints.results:
+                    checkpoints.keep_result(run.result(i, method))
+                shown.update()
+    return run.experiment()
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """A task with its rule, split into dev and test, and the prompts from each."""
+
+    task: Task
+    dev: Task
+    test: Task
+    dev_prompts: Sequence[Prompt]
+    test_prompts: Sequence[Prompt]
+
+    @staticmethod
+    def of(task: Task, shots: int, n_dev: int, n_test: int, seed: int, template: PromptFormat) -> TaskPlan:
+        """Disjoint halves in the proportion of `n_dev` to `n_test`.
+
+        Raises:
+            TvLensError: too few inputs.
+        """
+        if n_dev < 1 or n_test < 1 or shots < 1:
+            raise TvLensError(f"n_dev={n_dev}, n_test={n_test} and shots={shots} are each 1 or more")
+        dev, test = task.split(n_dev / (n_dev + n_test), seed=seed)
+        return TaskPlan(
+            task,
+            dev,
+            test,
+            dev.sample(min(n_dev, len(dev)), shots=shots, seed=seed, template=template),
+            test.sample(min(n_test, len(test)), shots=shots, seed=seed, template=template),
+        )
+
+
+def _plans(
+    engine: Engine,
+    tasks: Sequence[Task],
+    shots: int,
+    n_dev: int,
+    n_test: int,
+    seed: int,
+    template: PromptFormat,
+    max_new_tokens: int,
+) -> list[TaskPlan]:
     names = [task.name for task in tasks]
     if not tasks or len(set(names)) < len(names):
-        raise ValueError(f"tasks are {names}; give at least one, each with a name of its own")
-    check_new_tokens(engine, max_new_tokens)
-    check_patching(engine)
-    chosen, seed = chosen_layers(engine, layers), int(seed)
-    halves = [_Halves(task, shots, n_dev, n_test, seed, template) for task in tasks]  # too few inputs show here
-    settings = {
-        "model": engine_name(engine),
-        "engine": type(engine).__name__,
-        "weights": getattr(engine, "weights", None),
-        "dtype": getattr(engine, "dtype", None),
-        "n_layers": engine.n_layers,
-        "d_model": engine.d_model,
-        "prepend_bos": getattr(engine, "prepend_bos", None),
-        "tasks": names,
-        "data": {task.name: fingerprint(task) for task in tasks},
-        "rules": {task.name: "first_token" if max_new_tokens == 1 else rule_name(task.accepts) for task in tasks},
-        "shots": shots,
-        "n_dev": n_dev,
-        "n_test": n_test,
-        "seed": seed,
-        "method": "extract_across" if across else "extract",
-        "substitutes": substitutes,  # across prompts too, as the shuffled control is read with them
-        "template": asdict(template),
-        "max_new_tokens": max_new_tokens,
-        "scoring": "first token" if max_new_tokens == 1 else "full answer",
-        "layers": chosen,
-        "versions": versions(),
-    }
-    kept = Kept(None if folder is None else Path(folder), settings)
+        raise TvLensError(f"tasks are {names}; give at least one, each with a different name")
+    # Before a task is split, so that both halves have the rule.
     if max_new_tokens == 1:
-        rule = first_token(engine, template)
-        for half in halves:
-            half.dev, half.test = replace(half.dev, accepts=rule), replace(half.test, accepts=rule)
-
-    def vector_of(i: int) -> TaskVectors:
-        if names[i] not in kept.vectors:
-            dev, prompts = halves[i].dev, halves[i].dev_prompts
-            found = (
-                extract_across(engine, prompts)
-                if across
-                else extract(engine, prompts, dev.substitutes(prompts, substitutes, seed=seed))
-            )
-            kept.keep_vector(names[i], found.mean())
-        return kept.vectors[names[i]]
-
-    with bar(engine, len(tasks), "task") as shown:
-        for i, (task, half) in enumerate(zip(tasks, halves, strict=True)):
-            if task.name not in kept.results:
-                vector = vector_of(i)
-                sweep = sweep_layers(engine, half.dev, half.dev_prompts, vector, chosen, max_new_tokens=max_new_tokens)
-                other = (i + len(tasks) // 2) % len(tasks)
-                controls = {"other task": vector_of(other)} if other != i else {}
-                if shots > 1:
-                    mixed = shuffle_outputs(half.dev_prompts, seed)
-                    asked = half.dev.substitutes(mixed, substitutes, seed=seed)
-                    controls["shuffled"] = extract(engine, mixed, asked).mean()
-                evaluation = evaluate(
-                    engine,
-                    half.test,
-                    half.test_prompts,
-                    vector,
-                    sweep.best,
-                    max_new_tokens=max_new_tokens,
-                    controls=controls,
-                    seed=seed,
-                )
-                kept.keep_result(
-                    TaskResult(
-                        task.name,
-                        task.category,
-                        sweep,
-                        evaluation,
-                        names[other] if other != i else None,
-                        tuple(prompt.text for prompt in half.dev_prompts),
-                        tuple(prompt.text for prompt in half.test_prompts),
-                        tuple(prompt.query for prompt in half.test_prompts),
-                    )
-                )
-            shown.update()
-    return Experiment(settings, tuple(kept.results[name] for name in names), dict(kept.vectors))
+        tasks = [replace(task, accepts=first_token(engine, template, task)) for task in tasks]
+    return [TaskPlan.of(task, shots, n_dev, n_test, seed, template) for task in tasks]
 
 
-class _Halves:
-    """A task's dev and test halves, and the prompts from each."""
+def _weights(engine: Engine, plans: Sequence[TaskPlan], folder: str | Path | None) -> str | None:
+    """The model's fingerprint. What cannot be told apart later is refused if the run is kept in a folder."""
+    if folder is not None:
+        for plan in plans:
+            plan.task.rule.check_named(plan.task.name)
+        return engine.fingerprint()
+    try:
+        return engine.fingerprint()
+    except TvLensError:  # a hook that has no fingerprint; nothing will be resumed
+        return None
 
-    def __init__(self, task: Task, shots: int, n_dev: int, n_test: int, seed: int, template: Template) -> None:
-        if n_dev < 1 or n_test < 1 or shots < 1:
-            raise ValueError(f"n_dev={n_dev}, n_test={n_test} and shots={shots} are each 1 or more")
-        self.dev, self.test = task.split(n_dev / (n_dev + n_test), seed=seed)
-        self.dev_prompts = self.dev.sample(min(n_dev, len(self.dev)), shots=shots, seed=seed, template=template)
-        self.test_prompts = self.test.sample(min(n_test, len(self.test)), shots=shots, seed=seed, template=template)
+
+@dataclass(frozen=True)
+class _Run:
+    """An experiment while it runs."""
+
+    engine: Engine
+    plans: Sequence[TaskPlan]
+    settings: Settings
+    checkpoints: Checkpoints
+    controls: Sequence[Control]
+
+    def vector(self, i: int, method: Method) -> TaskVectors:
+        """The mean vector of task `i`, made once."""
+        plan, key = self.plans[i], (self.plans[i].task.name, method.name)
+        if key in self.checkpoints.vectors:
+            return self.checkpoints.vectors[key]
+        vectors = method(self.engine, plan.dev, plan.dev_prompts, self.settings.seed).mean()
+        if vectors.task != plan.task.name:
+            raise TvLensError(f"{method.name} returned vectors of {vectors.task!r} for the task {plan.task.name!r}")
+        return self.checkpoints.keep_vectors(*key, vectors)
+
+    def result(self, i: int, method: Method) -> TaskResult:
+        """The sweep on dev prompts, and the evaluation at the best layer on test prompts."""
+        plan, settings = self.plans[i], self.settings
+        vector = self.vector(i, method)
+        layers = [layer for layer in settings.layers if layer in vector.layers]
+        n_tokens = settings.max_new_tokens
+        sweep = sweep_layers(self.engine, plan.dev, plan.dev_prompts, vector, layers, max_new_tokens=n_tokens)
+        other = self.other(i)
+        treatment = Treatment(
+            engine=self.engine,
+            task=plan.dev,
+            prompts=plan.dev_prompts,
+            vectors=vector,
+            method=method,
+            seed=settings.seed,
+            n=len(plan.test_prompts),
+            other=None if other is None else self._vector_of(other, method),
+        )
+        controls = control_vectors(self.controls, treatment)
+        check_evaluation(self.engine, plan.test, plan.test_prompts, [vector, *controls.values()], sweep.best, n_tokens)
+        evaluation = evaluate_with(
+            self.engine, plan.test, plan.test_prompts, vector, sweep.best, controls, Placement(), n_tokens
+        )
+        return TaskResult(
+            task=plan.task.name,
+            category=plan.task.category,
+            sweep=sweep,
+            evaluation=evaluation,
+            other_task=None if other is None else self.plans[other].task.name,
+            dev_prompts=tuple(prompt.text for prompt in plan.dev_prompts),
+            test_prompts=tuple(prompt.text for prompt in plan.test_prompts),
+            queries=tuple(prompt.query for prompt in plan.test_prompts),
+            method=method.name,
+        )
+
+    def other(self, i: int) -> int | None:
+        """The task half the list away, None if there is one task."""
+        other = (i + len(self.plans) // 2) % len(self.plans)
+        return None if other == i else other
+
+    def _vector_of(self, i: int, method: Method) -> Callable[[], TaskVectors]:
+        return lambda: self.vector(i, method)
+
+    def experiment(self) -> Experiment:
+        """All results and vectors."""
+        kept, settings = self.checkpoints, self.settings
+        keys = [(task, method) for task in settings.tasks for method in settings.methods]
+        one_method = len(settings.methods) == 1
+        vectors = {
+            task if one_method else f"{task}, {method}": kept.vectors[task, method]
+            for task, method in keys
+            if (task, method) in kept.vectors
+        }
+        return Experiment(settings, tuple(kept.results[key] for key in keys), vectors)

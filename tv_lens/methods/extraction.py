@@ -1,118 +1,208 @@
-"""Read task vectors: the residual stream where a few-shot prompt is about to answer."""
+"""Read task vectors: hidden states where a few-shot prompt is about to answer.
+
+vector[prompt, layer] = mean over substitute queries of h[layer] at the last token    (Hendel et al. 2023, section 3.2)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from tv_lens.engines import Engine, Past, Tokens, engine_for, engine_name, run_all
+from tv_lens.edits import RESID_POST, Edits, Positions, Site
+from tv_lens.engines import Capability, Engine, Model, Past, Tokens, engine_for, map_rows
+from tv_lens.errors import TvLensError
+from tv_lens.methods.base import Method
 from tv_lens.prompts import Prompt, check_prompts
+from tv_lens.provenance import Option
+from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors
 
 
-def extract(model: Any, prompts: Sequence[Prompt], substitutes: Sequence[Sequence[str]]) -> TaskVectors:
-    """One vector per prompt and layer: its demonstrations asked for other inputs, averaged over those.
+def extract(
+    model: Model,
+    prompts: Sequence[Prompt],
+    substitutes: Sequence[Sequence[str]],
+    *,
+    site: Site = RESID_POST,
+    positions: Positions = "last",
+) -> TaskVectors:
+    """One vector per prompt and layer: its demonstrations with other queries, averaged over those.
 
-    `substitutes[i]` are the queries asked instead of prompt `i`'s own, as `Task.substitutes` draws them; so
-    the vector holds the task and not the query (Hendel et al. 2023, section 3.2 and appendix A). Read
-    at the last token, at the output of every block.
+    `substitutes[i]` are the queries asked instead of prompt `i`'s own, as `Task.substitutes` draws them, so the vector
+    holds the task and not the query (Hendel et al. 2023, section 3.2 and appendix A). By default the residual stream
+    after every block is read at the last token. With several `positions` (see `patch_generate`) the vector is their
+    mean.
 
     Raises:
-        ValueError: no prompts, a different number of substitutes, or a substitute that is its prompt's query
-            or demonstration.
+        TvLensError: no prompts, a different number of substitutes, a substitute that is its prompt's query or
+            demonstration, or a site or position that is not there.
     """
     engine = engine_for(model)
     check_prompts(prompts)
     k = _check_substitutes(prompts, substitutes)
-    groups = [
-        [prompt.asking(query).text for query in queries] for prompt, queries in zip(prompts, substitutes, strict=True)
-    ]
-    read = torch.empty(len(prompts) * k, engine.n_layers, engine.d_model)
-    run_all(engine, groups, _reading_into(read, engine))
-    means = reduce(read, "(prompt substitute) layer d_model -> prompt layer d_model", "mean", substitute=k)
-    return _vectors(engine, means, prompts, tuple(map(tuple, substitutes)), "extract")
+    asked = [[prompt.asking(query) for query in queries] for prompt, queries in zip(prompts, substitutes, strict=True)]
+    read = _read(engine, asked, site, positions)
+    means = reduce(read, "(prompt substitute) layer width -> prompt layer width", "mean", substitute=k)
+    options: dict[str, Option] = {"substitutes": k, "site": site.name, "positions": _as_option(positions)}
+    return _vectors(engine, means, prompts, tuple(map(tuple, substitutes)), site, "extract", options)
 
 
-def extract_across(model: Any, prompts: Sequence[Prompt]) -> TaskVectors:
-    """The multi-context variant: for each prompt the average over the *other* prompts' own reads, leaving out
-    every prompt that shows or asks this prompt's query. No substitutes, one pass over each prompt.
+def extract_across(
+    model: Model, prompts: Sequence[Prompt], *, site: Site = RESID_POST, positions: Positions = "last"
+) -> TaskVectors:
+    """The multi-context variant: for each prompt the average over the *other* prompts' own reads, leaving out every
+    prompt that shows or asks this prompt's query. No substitutes, one pass over each prompt.
 
     Raises:
-        ValueError: no prompts, or a prompt for which none of the others is left.
+        TvLensError: no prompts, or a prompt for which none of the others is left.
     """
     engine = engine_for(model)
     check_prompts(prompts)
-    knowing: dict[str, list[int]] = {}  # which prompts show or ask an input, each prompt's own query among them
+    shown_in: dict[str, list[int]] = {}  # the prompts that show or ask each input
     for i, prompt in enumerate(prompts):
         for text in prompt.inputs:
-            knowing.setdefault(text, []).append(i)
+            shown_in.setdefault(text, []).append(i)
     for i, prompt in enumerate(prompts):
-        if len(knowing[prompt.query]) == len(prompts):
-            raise ValueError(
+        if len(shown_in[prompt.query]) == len(prompts):
+            raise TvLensError(
                 f"prompt {i}: every other prompt shows or asks {prompt.query!r}, so no vector is left to "
                 "average; sample more prompts or more inputs"
             )
-    read = torch.empty(len(prompts), engine.n_layers, engine.d_model)
-    run_all(engine, [[prompt.text] for prompt in prompts], _reading_into(read, engine))
+    read = _read(engine, [[prompt] for prompt in prompts], site, positions)
     total, means = read.sum(dim=0, dtype=torch.float64), torch.empty_like(read)
     for i, prompt in enumerate(prompts):
-        left_out = knowing[prompt.query]
+        left_out = shown_in[prompt.query]
         rest = total - read[left_out].sum(dim=0, dtype=torch.float64)
         means[i] = rest / (len(prompts) - len(left_out))
-    return _vectors(engine, means, prompts, (), "extract_across")
+    options: dict[str, Option] = {"site": site.name, "positions": _as_option(positions)}
+    return _vectors(engine, means, prompts, (), site, "extract_across", options)
 
 
-def _reading_into(
-    read: Float[Tensor, "row layer d_model"], engine: Engine
-) -> Callable[[list[int], Tokens, Past], None]:
-    def work(rows: list[int], tokens: Tokens, past: Past) -> None:
-        read[rows] = engine.read(tokens, past)
+@dataclass(frozen=True)
+class Extraction(Method):
+    """`extract` as a method: with so many substitute queries for each prompt, averaged over the prompts.
 
-    return work
+    >>> str(Extraction(substitutes=3))
+    "extract(substitutes=3, site='resid_post', positions='last')"
+    """
+
+    name: ClassVar[str] = "extract"
+    substitutes: int = 2
+    site: Site = RESID_POST
+    positions: Positions = "last"
+
+    def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
+        """One vector per prompt and layer."""
+        chosen = task.substitutes(prompts, self.substitutes, seed=seed)
+        return extract(engine, prompts, chosen, site=self.site, positions=self.positions)
+
+
+@dataclass(frozen=True)
+class AcrossPrompts(Method):
+    """`extract_across` as a method."""
+
+    name: ClassVar[str] = "extract_across"
+    site: Site = RESID_POST
+    positions: Positions = "last"
+
+    def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
+        """One vector per prompt and layer."""
+        return extract_across(engine, prompts, site=self.site, positions=self.positions)
+
+
+def _read(
+    engine: Engine, groups: Sequence[Sequence[Prompt]], site: Site, positions: Positions
+) -> Float[Tensor, "row layer width"]:
+    """The site at every layer that has it, for all prompts of all groups."""
+    engine.require_site(site)
+    prompts = [prompt for group in groups for prompt in group]
+    ids = engine.text.encode([prompt.text for prompt in prompts], per_prompt=len(groups[0]))
+    places: list[list[int]] | None = None
+    if positions != "last":
+        engine.require(Capability.POSITIONS)
+        places = [
+            engine.text.positions(prompt, own, positions, i // len(groups[0]))
+            for i, (prompt, own) in enumerate(zip(prompts, ids, strict=True))
+        ]
+    shape = (len(prompts), len(engine.layers_of(site)), engine.info.width(site))
+    read = torch.empty(shape, dtype=torch.float32, device="cpu")
+
+    def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
+        weights = None if places is None else _weights([places[row] for row in rows])
+        made = engine.forward(tokens, read=[site], weights=weights, past=past, logits=False, keep_past=False)
+        read[rows] = made.reads[site]
+
+    numbered, first = [], 0
+    for group in groups:
+        numbered.append(ids[first : first + len(group)])
+        first += len(group)
+    map_rows(engine, numbered, work, reach=1 if places is None else max(-min(own) for own in places))
+    return read
+
+
+def _weights(places: Sequence[Sequence[int]]) -> Float[Tensor, "row window"]:
+    """For each row the same weight at each of its positions, 0 elsewhere."""
+    window = max(-min(own) for own in places)
+    weights = torch.zeros(len(places), window, dtype=torch.float32, device="cpu")
+    for row, own in enumerate(places):
+        weights[row, list(own)] = 1 / len(own)
+    return weights
 
 
 def _check_substitutes(prompts: Sequence[Prompt], substitutes: Sequence[Sequence[str]]) -> int:
     if len(substitutes) != len(prompts):
-        raise ValueError(
+        raise TvLensError(
             f"{len(prompts)} prompts and substitutes for {len(substitutes)}; give each prompt its own, as "
             "task.substitutes(prompts, k, seed=...) does"
         )
     for i, queries in enumerate(substitutes):
         if isinstance(queries, str):
-            raise ValueError(f"substitutes of prompt {i} are the text {queries!r}; give a list of texts")
+            raise TvLensError(f"substitutes of prompt {i} are the text {queries!r}; give a list of texts")
     counts = [len(queries) for queries in substitutes]
     if len(set(counts)) > 1 or not counts[0]:
-        raise ValueError(f"every prompt needs the same number of substitutes, 1 or more; got {counts}")
+        raise TvLensError(f"every prompt needs the same number of substitutes, 1 or more; got {counts}")
     for i, (prompt, queries) in enumerate(zip(prompts, substitutes, strict=True)):
         for query in queries:
             if query in prompt.inputs:
-                raise ValueError(
+                raise TvLensError(
                     f"prompt {i}: substitute {query!r} is its query or one of its demonstrations, so the vector "
-                    "could hold the answer rather than the task; draw with task.substitutes"
+                    "could hold the answer instead of the task; draw with task.substitutes"
                 )
     return counts[0]
 
 
+def _as_option(positions: Positions) -> Option:
+    return positions if isinstance(positions, str) else list(positions)
+
+
 def _vectors(
     engine: Engine,
-    values: Float[Tensor, "prompt layer d_model"],
+    values: Float[Tensor, "prompt layer width"],
     prompts: Sequence[Prompt],
     substitutes: tuple[tuple[str, ...], ...],
+    site: Site,
     method: str,
+    options: Mapping[str, Option],
 ) -> TaskVectors:
     templates = {prompt.template for prompt in prompts}
     return TaskVectors(
         values,
-        model=engine_name(engine),
+        model=engine.name,
         task=" + ".join(sorted({prompt.task for prompt in prompts if prompt.task})),
         template=templates.pop() if len(templates) == 1 else None,
         prompts=tuple(prompt.text for prompt in prompts),
         substitutes=substitutes,
         method=method,
-        prepend_bos=getattr(engine, "prepend_bos", None),
+        prepend_bos=engine.info.prepend_bos,
+        site=site,
+        layers=engine.layers_of(site),
+        n_layers=engine.n_layers,
+        options=options,
+        bos=engine.info.bos,
     )

@@ -2,16 +2,81 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
-import unicodedata
-from collections.abc import Callable
+import inspect
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import TypeAlias
 
-Accepts = Callable[[str, str], bool]
+import regex
+
+from tv_lens.errors import TvLensError
+
+Accepts: TypeAlias = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule under a name: `accepts(prediction, answer)` says whether the prediction counts as the answer.
+
+    The name goes into an experiment's settings. It is how a resumed run knows that the rule is the same, so give
+    rules that differ different names. A plain function can be used as a rule; its name and its source code serve as
+    the rule's name. Lambdas, closures and partials have no such name: wrap them in a `Rule` to use them with a folder.
+
+    `tokens` is how many generated tokens the rule needs to see. `accepts_ids`, if given, judges the generated token
+    ids instead of their text.
+
+    >>> Rule("ignore case", lambda prediction, answer: prediction.lower() == answer.lower())("COLD", "cold")
+    True
+    """
+
+    name: str
+    accepts: Accepts
+    tokens: int = 1
+    accepts_ids: Callable[[Sequence[int], str], bool] | None = None
+
+    def __call__(self, prediction: str, answer: str) -> bool:
+        return bool(self.accepts(prediction, answer))
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the name tells this rule from others."""
+        return bool(self.name)
+
+    @staticmethod
+    def of(rule: Accepts | Rule) -> Rule:
+        """The rule itself, or a function wrapped under its name (an empty one for lambdas, closures and the like)."""
+        return rule if isinstance(rule, Rule) else Rule(_function_name(rule), rule)
+
+    def check_named(self, task: str) -> None:
+        """Raise TvLensError if a resumed run could not tell this rule from another."""
+        if not self.is_named:
+            raise TvLensError(
+                f"task {task!r}: its rule is {self.accepts!r}, which has no name of its own, so a run kept in a folder "
+                "could not tell whether it is the same rule later; write Rule('a name', rule)"
+            )
+
+
+def _function_name(accepts: Accepts) -> str:
+    rule = inspect.unwrap(accepts)
+    if not isinstance(rule, FunctionType) or rule.__closure__ or "<" in rule.__qualname__:
+        return ""
+    if rule.__module__.split(".")[0] == "tv_lens":
+        return rule.__name__
+    try:
+        source = ast.dump(ast.parse(textwrap.dedent(inspect.getsource(rule))))
+    except (OSError, TypeError, SyntaxError):  # typed into a console that keeps no source
+        return rule.__qualname__
+    return f"{rule.__qualname__} (source {hashlib.sha256(source.encode()).hexdigest()[:8]})"
 
 
 def exact_match(prediction: str, answer: str) -> bool:
-    """Whether the texts are equal, white space around them apart: "cold" and " cold" are equal, though
-    their token ids differ. Case counts.
+    """Whether the texts are equal apart from white space around them. Case counts.
+
+    So "cold" and " cold" are equal, although their token ids differ.
 
     >>> exact_match(" cold", "cold"), exact_match("Cold", "cold"), exact_match("col", "cold")
     (True, False, False)
@@ -20,12 +85,14 @@ def exact_match(prediction: str, answer: str) -> bool:
 
 
 def starts_with(prediction: str, answer: str) -> bool:
-    """Whether the prediction begins with the whole answer, or is the whole first word of it. A longer word or
-    number ("colder", "30") does not begin with the answer "cold" or "3".
+    """Whether the prediction begins with the whole answer, or is the whole first word of it.
+
+    A longer word or number ("colder", "30", "3,000", "3.5") does not begin with the answer "cold" or "3", in any
+    script that puts spaces between words. In Chinese, Japanese, Thai, Lao, Khmer and Burmese, which do not, a longer
+    word counts as beginning with a shorter one.
 
     The second half lets a completion cut short (`max_new_tokens=1`) score on an answer of several words.
-    A fragment of a word is never enough; `first_token(model)` also accepts a first *token* that is less
-    than a word.
+    A fragment of a word is never enough; `first_token(model)` also accepts a first *token* that is less than a word.
 
     >>> starts_with("cold and wet", "cold"), starts_with("New", "New York"), starts_with("T", "Taipei")
     (True, True, False)
@@ -35,24 +102,34 @@ def starts_with(prediction: str, answer: str) -> bool:
     prediction, answer = prediction.strip(), answer.strip()
     if not answer:
         return not prediction
-    begins = prediction.startswith(answer) and not _goes_on(answer[-1], prediction[len(answer) :])
-    return begins or prediction == answer.split()[0]
+    if prediction == answer.split()[0]:
+        return True
+    return prediction.startswith(answer) and not _word_continues(prediction, len(answer))
 
 
-def _goes_on(last: str, rest: str) -> bool:
-    """Whether `rest` goes on with the word or number that `last` ends, in scripts that put spaces between words."""
-    return all(unicodedata.category(char) in ("Lu", "Ll", "Lt", "Nd") for char in (last, rest[:1] or " "))
+# Letters, marks and digits of scripts that put spaces between words.
+_WORD = regex.compile(
+    r"[[\p{L}\p{M}\p{N}]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+    r"\p{Tai_Tham}\p{New_Tai_Lue}\p{Tai_Le}\p{Javanese}\p{Balinese}]]",
+    regex.V1,
+)
+# What may stand between two letters of one word, or two digits of one number.
+_APOSTROPHE = regex.compile(r"['\u2019]\p{L}")
+_NUMBER_GROUP = regex.compile(r"[.,'_\u2019\u00a0\u202f\u066b\u066c]\p{Nd}")
+_GRAPHEME = regex.compile(r"\X")
 
 
-def rule_name(rule: Accepts) -> str:
-    """What a rule is called in settings: its name, and for rules that are not tv_lens's own a digest of their code, as
-    two lambdas have one name.
-    """
-    code = getattr(rule, "__code__", None)
-    if code is None:
-        return type(rule).__qualname__
-    if rule.__module__.startswith("tv_lens."):
-        return rule.__name__
-    constants = [each for each in code.co_consts if not hasattr(each, "co_code")]
-    digest = hashlib.sha256(code.co_code + repr((constants, code.co_names)).encode()).hexdigest()[:8]
-    return f"{rule.__qualname__} {digest}"
+def _word_continues(text: str, end: int) -> bool:
+    """Whether a word, number or character of `text` extends across position `end`."""
+    if end == len(text):
+        return False
+    if end not in {match.end() for match in _GRAPHEME.finditer(text)}:
+        return True  # a combining mark, or a part of an emoji, follows
+    last, rest = text[end - 1], text[end:]
+    if not _WORD.match(last):
+        return False
+    if _WORD.match(rest):
+        return True
+    if last.isdecimal():
+        return bool(_NUMBER_GROUP.match(rest))
+    return bool(_APOSTROPHE.match(rest))

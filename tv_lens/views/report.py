@@ -1,4 +1,4 @@
-"""An experiment as one HTML page that needs no network and nothing beside it (extra `plots`)."""
+"""An experiment as one HTML page that can be read without a network and without other files (extra `plots`)."""
 
 from __future__ import annotations
 
@@ -11,33 +11,23 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from tv_lens.demo import NAME as DEMO
-from tv_lens.evidence.results import mcnemar
+from tv_lens.evidence.controls import CONTROLS
+from tv_lens.evidence.results import Evaluation, Experiment, Score, TaskResult, mcnemar
+from tv_lens.evidence.settings import Settings
 from tv_lens.files import write_whole
-from tv_lens.tasks import exact_match, fingerprint, library, starts_with
+from tv_lens.prompts import Template
+from tv_lens.tasks import Task, exact_match, fingerprint, library, starts_with
 from tv_lens.vectors import depth
-from tv_lens.views.plots import plot_experiment
+from tv_lens.views.plots import plot
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from tv_lens.evidence.results import Evaluation, Experiment, Score, TaskResult
-
-# Example answers of each kind, in each task.
-_MOST = 10
-
-# What the page tells of the run.
-_NEEDED = (
-    *("model", "engine", "dtype", "n_layers", "d_model", "prepend_bos", "tasks", "data", "rules", "shots", "n_dev"),
-    *("n_test", "seed", "method", "substitutes", "template", "max_new_tokens", "scoring", "layers", "versions"),
-)
+# Example answers of each kind, for each task.
+_MAX_ANSWERS = 10
 
 _RULES = {rule.__name__ for rule in (exact_match, starts_with)}
-
-_CONTROLS = {
-    "random": "a random vector as long as the task's",
-    "other task": "the vector of another task",
-    "shuffled": "the vector of demonstrations whose outputs were exchanged",
-}
+_METHODS = ("extract", "extract_across")
 
 
 def write_report(experiment: Experiment, path: str | Path) -> None:
@@ -45,148 +35,118 @@ def write_report(experiment: Experiment, path: str | Path) -> None:
     repeat the run. All text from tasks and models is shown as text.
 
     Raises:
-        ValueError: results that do not say what they are of.
         OSError: the folder is missing or cannot be written to.
     """
     from plotly.offline import get_plotlyjs
 
-    missing = [name for name in _NEEDED if name not in experiment.settings]
-    if missing:
-        raise ValueError(
-            f"these results lack the settings {', '.join(missing)}, so no page can say what they are of; they were not "
-            "written by run_experiment, or by an older one: run it again"
-        )
-    # Everything is escaped unless it says that it is markup already; a name that is missing is an error.
+    # Everything is escaped unless it is marked as HTML already; a missing name is an error.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("tv_lens.views") / "report.html").read_text(encoding="utf-8"))
+    described = {control.name: control.description for control in CONTROLS}
     controls = list(dict.fromkeys(name for result in experiment.results for name in result.evaluation.controls))
     tasks = [_task(experiment, result) for result in experiment.results]
     page = template.render(
         settings=experiment.settings,
         controls=controls,
-        controls_told=", ".join(_CONTROLS.get(name, f"{name}, of the run's own") for name in controls),
-        template=repr(experiment.settings["template"]["example"]),
-        separator=repr(experiment.settings["template"]["separator"]),
+        descriptions=", ".join(described.get(name, f"{name}, a custom control") for name in controls),
+        template=_format_text(experiment.settings.template),
         tasks=tasks,
-        overview=_for_script(plot_experiment(experiment)),
-        counts=_counts(experiment, tasks),
-        repeat=_repeat(experiment.settings),
+        overview=_for_script(plot(experiment)),
+        n_over_zero_shot=sum(_beats(result.evaluation, result.evaluation.zero_shot) for result in experiment.results),
+        n_over_all=sum(task["beats_all"] for task in tasks),
+        repeat=repeat_code(experiment.settings),
         plotly=Markup(get_plotlyjs()),
     )
     write_whole(path, page.encode("utf-8", "replace"))  # a lone surrogate cannot be written, and reads as "?"
 
 
+def _format_text(template: Mapping[str, Any]) -> str:
+    if template["kind"] == Template.__name__:
+        return f"{template['example']!r}, between demonstrations {template['separator']!r}"
+    return ", ".join(f"{name} {value!r}" for name, value in template.items())
+
+
 def _task(experiment: Experiment, result: TaskResult) -> dict[str, Any]:
-    found, n_layers = result.evaluation, experiment.settings["n_layers"]
-    # Runs of before kept no queries: there the whole prompt stands.
-    asked = result.queries or result.test_prompts
-    answers = [
-        {"asked": text, "expected": expected, "right": right, "texts": texts}
-        for text, expected, right, texts in zip(
-            asked,
-            found.patched.answers,
-            found.patched.correct,
-            [
-                [(score.texts[i], score.correct[i]) for score in (found.zero_shot, found.few_shot, found.patched)]
-                for i in range(len(asked))
-            ],
-            strict=True,
-        )
-    ]
+    scores, n_layers = result.evaluation, experiment.settings.n_layers
+    answers = _answers(result)
+    right = [each for each in answers if each["right"]]
+    wrong = [each for each in answers if not each["right"]]
+    layer = scores.layer if isinstance(scores.layer, int) else max(scores.layer)
+    several = len(experiment.settings.methods) > 1
     return {
-        "name": result.task,
+        "name": f"{result.task}, {result.method}" if several else result.task,
         "category": result.category,
-        "n": len(found.patched.correct),
-        "evaluation": found,
-        "p": found.p_value,
-        "layer": found.layer,
-        "depth": depth(found.layer, n_layers),
-        "ties": [layer for layer in result.sweep.ties if layer != result.sweep.best],
+        "n": len(scores.patched.correct),
+        "evaluation": scores,
+        "p": scores.p_value,
+        "layer": layer,
+        "depth": depth(layer, n_layers),
+        "ties": [each for each in result.sweep.ties if each != result.sweep.best],
         "other_task": result.other_task,
-        "table": found.to_pandas().to_dict("records"),
-        "beats_all": _beats(found, found.zero_shot, *found.controls.values()),
-        "figure": _for_script(result.plot()),
+        "table": scores.to_pandas().to_dict("records"),
+        "beats_all": _beats(scores, scores.zero_shot, *scores.controls.values()),
+        "figure": _for_script(plot(result)),
         "prompt": result.test_prompts[0],
-        "answers": {
-            kind: {"count": len(chosen), "shown": chosen[:_MOST]}
-            for kind in ("right", "wrong")
-            for chosen in [[each for each in answers if each["right"] == (kind == "right")]]
-        },
+        "answers": {"right": _shown(right), "wrong": _shown(wrong)},
     }
 
 
-def _beats(found: Evaluation, *others: Score) -> bool:
-    """Whether patched is right more often than each of the others, by more than chance would have it."""
-    return all(found.patched.accuracy > other.accuracy and mcnemar(found.patched, other) < 0.05 for other in others)
+def _answers(result: TaskResult) -> list[dict[str, Any]]:
+    """Each test query with its expected answer and the answers under three conditions."""
+    scores = result.evaluation
+    answers = []
+    for i, query in enumerate(result.queries):
+        answers.append(
+            {
+                "asked": query,
+                "expected": scores.patched.answers[i],
+                "right": scores.patched.correct[i],
+                "texts": [(s.texts[i], s.correct[i]) for s in (scores.zero_shot, scores.few_shot, scores.patched)],
+            }
+        )
+    return answers
 
 
-def _counts(experiment: Experiment, tasks: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    found = [result.evaluation for result in experiment.results]
-    return {
-        "tasks": len(found),
-        "over_zero_shot": sum(_beats(each, each.zero_shot) for each in found),
-        "over_all": sum(task["beats_all"] for task in tasks),
-    }
+def _shown(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {"count": len(answers), "shown": answers[:_MAX_ANSWERS]}
+
+
+def _beats(scores: Evaluation, *others: Score) -> bool:
+    """Whether patched is right significantly more often than each of the others."""
+    return all(scores.patched.accuracy > other.accuracy and mcnemar(scores.patched, other) < 0.05 for other in others)
 
 
 def _for_script(figure: go.Figure) -> Markup:
-    """A figure as JSON that can stand in a script element: nothing in it can end the element."""
+    """A figure as JSON for a script element: nothing in it can end the element."""
     return Markup(figure.to_json().replace("<", "\\u003c"))
 
 
-def _repeat(settings: Mapping[str, Any]) -> str:
-    """The call that gives these results again. What the results cannot tell is left to fill in, and says so: tasks and
-    rules of one's own, and how a model that is not on the hub was booted.
+def repeat_code(settings: Settings) -> str:
+    """The call that gives these results again. What the settings cannot tell is left to fill in, and marked: custom
+    tasks, rules, formats, methods, controls and engines, and how a model that is not on the hub was booted.
     """
-    known, demo = library(), settings["model"] == DEMO
-    first_token = settings["max_new_tokens"] == 1
-    tasks = []
-    for name in settings["tasks"]:
-        rule = "starts_with" if first_token else settings["rules"][name]
-        if name not in known or fingerprint(known[name]) != settings["data"][name] or rule not in _RULES:
-            tasks.append(f"own[{name!r}]")
-        elif rule == known[name].accepts.__name__:
-            tasks.append(f"tv.library()[{name!r}]")
-        else:
-            tasks.append(f"replace(tv.library()[{name!r}], accepts=tv.{rule})")
-    boot = f"boot_transformers({settings['model']!r}, dtype=torch.{settings['dtype']})"
-    models = {
-        "LocalEngine": "tv.demo_model()" if demo else f"transformer_lens.TransformerBridge.{boot}  # or its folder",
-        "RemoteEngine": f"...  # the remote bridge of {settings['model']}, booted as it was for this run",
-    }
-    every = list(range(settings["n_layers"]))
-    keywords = {
-        **{name: settings[name] for name in ("shots", "n_dev", "n_test", "seed", "substitutes")},
-        "across": settings["method"] == "extract_across",
-        "max_new_tokens": settings["max_new_tokens"],
-        **({} if settings["layers"] == every else {"layers": settings["layers"]}),
-    }
-    template = settings["template"]
-    return "\n".join(
-        [
-            "from dataclasses import replace",
-            "",
-            "import torch",
-            "import transformer_lens",
-            "",
-            "import tv_lens as tv",
-            "",
-            *(
-                ["own = {}  # name: Task; the tasks and rules that are not tv_lens's own"]
-                if "own[" in str(tasks)
-                else []
-            ),
-            f"model = {models[settings['engine']]}" if settings["engine"] in models else "model = ...",
-            f"engine = tv.{settings['engine']}(model, prepend_bos={settings['prepend_bos']!r})"
-            if settings["engine"] in models
-            else f"engine = ...  # an engine of one's own, {settings['engine']}",
-            "experiment = tv.run_experiment(",
-            "    engine,",
-            "    [",
-            *(f"        {task}," for task in tasks),
-            "    ],",
-            f"    template=tv.Template({template['example']!r}, {template['separator']!r}),",
-            *(f"    {name}={value!r}," for name, value in keywords.items()),
-            ")",
-        ]
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files("tv_lens.views") / "repeat.py.jinja").read_text(encoding="utf-8"))
+    known = library()
+    tasks = [_task_code(settings, name, known.get(name)) for name in settings.tasks]
+    standard = tuple(control.name for control in CONTROLS)
+    return template.render(
+        settings=settings,
+        has_custom_tasks=None in tasks,
+        tasks=[f"own[{name!r}]" if code is None else code for name, code in zip(settings.tasks, tasks, strict=True)],
+        is_demo=settings.model == DEMO,
+        has_standard_methods=set(settings.methods) <= set(_METHODS) and len(settings.methods) == 1,
+        has_standard_controls=settings.controls == standard,
+        is_template=settings.template.get("kind") == Template.__name__,
+        all_layers=settings.layers == tuple(range(len(settings.layers))) and len(settings.layers) == settings.n_layers,
     )
+
+
+def _task_code(settings: Settings, name: str, task: Task | None) -> str | None:
+    """The code for a task of the library, None if it is not one."""
+    rule = "starts_with" if settings.max_new_tokens == 1 else settings.rules[name]
+    if task is None or fingerprint(task) != settings.data[name] or rule not in _RULES:
+        return None
+    if rule == task.rule.name:
+        return f"tv.library()[{name!r}]"
+    return f"replace(tv.library()[{name!r}], accepts=tv.{rule})"

@@ -1,0 +1,276 @@
+"""Where a vector is written into a model, and how.
+
+    set    activation[row, position] = value
+    add    activation[row, position] = activation[row, position] + value
+
+A `Site` is an activation that every block has. An `Edit` is one write into one site of one layer, for some rows of a
+batch; `Edits` are all the writes of a batch. Engines apply them, and methods and evaluations only ever build them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from einops import repeat
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tv_lens.errors import TvLensError
+
+Op = Literal["set", "add"]
+
+# Which tokens of a prompt are written to or read from; see `tv_lens.text.positions_of`.
+Role = Literal["last", "separators", "outputs", "query", "all"]
+Positions: TypeAlias = Role | Sequence[int]
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class Site:
+    """An activation in every block. Vectors are read from it and written into it.
+
+    `local_hook` and `remote_hook` name its hook in a `TransformerBridge` and in a `RemoteBridge` (None: not reachable
+    there). A site with `per_head` holds the heads' outputs one after the other, so its width is n_heads * d_head.
+    """
+
+    name: str
+    local_hook: str
+    remote_hook: str | None = None
+    per_head: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+RESID_POST = Site("resid_post", "blocks.{layer}.hook_resid_post", "blocks.{layer}.hook_out")
+# The attention's and the MLP's own outputs, before any norm that follows them (Gemma 2 and 3, OLMo 2 and 3, GLM 4).
+ATTN_OUT = Site("attn_out", "blocks.{layer}.attn.hook_out", "blocks.{layer}.attn.hook_out")
+MLP_OUT = Site("mlp_out", "blocks.{layer}.mlp.hook_out", "blocks.{layer}.mlp.hook_out")
+# The heads' outputs, before the output projection.
+HEADS = Site("heads", "blocks.{layer}.attn.hook_z", per_head=True)
+SITES = {site.name: site for site in (RESID_POST, ATTN_OUT, MLP_OUT, HEADS)}
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One vector per row, written into one site of one layer at one position.
+
+    `value[i]` is written into row `rows[i]` of the batch. `position` counts from the end of the prompt, -1 is its last
+    token. `head` picks one head of a per-head site. With `every_step` the vector is written again at each generated
+    token. With `keep_norm` the result of an addition is rescaled to the length that the activation had.
+
+    Raises:
+        TvLensError: the parts do not fit together.
+    """
+
+    value: Float[Tensor, "row width"]
+    rows: Int[Tensor, " row"]
+    layer: int
+    site: Site = RESID_POST
+    position: int = -1
+    op: Op = "set"
+    head: int | None = None
+    every_step: bool = False
+    keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.value.ndim != 2 or self.rows.ndim != 1 or len(self.value) != len(self.rows) or not len(self.rows):
+            raise TvLensError(
+                f"an edit needs one vector for each of its rows, not {tuple(self.value.shape)} for "
+                f"{tuple(self.rows.shape)} rows"
+            )
+        if len(set(self.rows.tolist())) < len(self.rows):
+            raise TvLensError(f"an edit names a row twice: {self.rows.tolist()[:20]}; use one edit for each write")
+        if self.position >= 0:
+            raise TvLensError(
+                f"position is {self.position}; positions count from the end of the prompt, -1 is the last"
+            )
+        if self.layer < 0 or self.op not in get_args(Op):
+            raise TvLensError(f"layer {self.layer}, op {self.op!r}: a layer is 0 or more, an op is 'set' or 'add'")
+        if self.head is not None and not self.site.per_head:
+            raise TvLensError(f"{self.site} has no heads; leave head out, or use site=HEADS")
+        if self.keep_norm and self.op != "add":
+            raise TvLensError("keep_norm rescales the result of an addition; use op='add'")
+
+    def keep(self, index_of: Int[Tensor, " all"]) -> Edit | None:
+        """The edit for a smaller batch: row `r` becomes `index_of[r]`, or is dropped if that is negative."""
+        inside = self.rows < len(index_of)
+        rows = torch.full_like(self.rows, -1)
+        rows[inside] = index_of[self.rows[inside]]
+        kept = rows >= 0
+        return replace(self, value=self.value[kept], rows=rows[kept]) if bool(kept.any()) else None
+
+
+class Edits(tuple[Edit, ...]):
+    """The edits of a batch, applied in order.
+
+    Raises:
+        TvLensError: two of them set one cell, so that only the order would decide.
+    """
+
+    def __new__(cls, edits: Iterable[Edit] = ()) -> Edits:
+        made = super().__new__(cls, edits)
+        _check_sets(made)
+        return made
+
+    @staticmethod
+    def per_row(
+        vectors: Float[Tensor, "row width"],
+        layers: Int[Tensor, " row"],
+        *,
+        site: Site = RESID_POST,
+        position: int = -1,
+        op: Op = "set",
+        head: int | None = None,
+        every_step: bool = False,
+        keep_norm: bool = False,
+    ) -> Edits:
+        """One vector and one layer for each row."""
+        edits = []
+        for layer in sorted(set(layers.tolist())):
+            rows = (layers == layer).nonzero().squeeze(1)
+            edits.append(
+                Edit(
+                    vectors[rows],
+                    rows,
+                    layer,
+                    site=site,
+                    position=position,
+                    op=op,
+                    head=head,
+                    every_step=every_step,
+                    keep_norm=keep_norm,
+                )
+            )
+        return Edits(edits)
+
+    @staticmethod
+    def interleave(parts: Sequence[Edits]) -> Edits:
+        """The edits of `k` parts for rows that stand side by side: row `i` of part `j` becomes row `i * k + j`."""
+        k = len(parts)
+        return Edits(replace(edit, rows=edit.rows * k + j) for j, part in enumerate(parts) for edit in part)
+
+    def keep(self, rows: Sequence[int]) -> Edits:
+        """The edits for a batch of only these rows, in this order."""
+        if not self:
+            return self
+        most = max(int(edit.rows.max()) for edit in self)
+        index_of = torch.full((max(most, *rows) + 1,), -1, dtype=torch.long, device="cpu")
+        index_of[torch.tensor(list(rows), dtype=torch.long, device="cpu")] = torch.arange(len(rows), device="cpu")
+        return self._of(edit.keep(index_of) for edit in self)
+
+    def repeat(self, n: int) -> Edits:
+        """The edits for a batch in which each row appears `n` times in succession."""
+
+        def repeated(edit: Edit) -> Edit:
+            copies = torch.arange(n, device="cpu")
+            rows = (edit.rows[:, None] * n + copies).flatten()
+            return replace(edit, value=repeat(edit.value, "row width -> (row n) width", n=n), rows=rows)
+
+        return self._of(repeated(edit) for edit in self)
+
+    def before(self, n_tokens: int) -> Edits:
+        """The same writes, seen from `n_tokens` later."""
+        return self._of(replace(edit, position=edit.position - n_tokens) for edit in self)
+
+    def next_step(self) -> Edits:
+        """What is written at the next generated token: the edits with `every_step`."""
+        return self._of(replace(edit, position=-1) for edit in self if edit.every_step)
+
+    @property
+    def reach(self) -> int:
+        """How many tokens before the end of the prompt the edits begin; a shared prefix must leave that many."""
+        return max((-edit.position for edit in self), default=1)
+
+    @classmethod
+    def _of(cls, edits: Iterable[Edit | None]) -> Edits:
+        """Edits made from checked ones, which need no second check."""
+        return super().__new__(cls, (edit for edit in edits if edit is not None))
+
+
+def Patch(vectors: Float[Tensor, "row width"], layers: Int[Tensor, " row"]) -> Edits:
+    """The name that version 0.1 gave to `Edits.per_row(vectors, layers)`."""
+    return Edits.per_row(vectors, layers)
+
+
+def _check_sets(edits: Iterable[Edit]) -> None:
+    seen: dict[tuple[Site, int, int], list[Edit]] = {}
+    for edit in edits:
+        if edit.op != "set":
+            continue
+        others = seen.setdefault((edit.site, edit.layer, edit.position), [])
+        for other in others:
+            same_head = edit.head == other.head or None in (edit.head, other.head)
+            if same_head and bool(torch.isin(edit.rows, other.rows).any()):
+                row = edit.rows[torch.isin(edit.rows, other.rows)][0]
+                raise TvLensError(
+                    f"two edits set {edit.site} of layer {edit.layer} at position {edit.position} in row {row}, and "
+                    "only one of them can win; leave one out, or add the second"
+                )
+        others.append(edit)
+
+
+@dataclass(frozen=True)
+class Write:
+    """How vectors are written: `overwrite`, or what `add` returns. The strength multiplies the vector.
+
+    Raises:
+        TvLensError: a strength that is not finite.
+    """
+
+    op: Op
+    strength: float = 1.0
+    every_step: bool = False
+    keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise TvLensError(f"strength is {self.strength}; use a finite number")
+
+    def __str__(self) -> str:
+        if self == overwrite:
+            return "overwrite"
+        every_step = ", every_step=True" if self.every_step else ""
+        keep_norm = ", keep_norm=True" if self.keep_norm else ""
+        return f"{self.op}({self.strength:g}{every_step}{keep_norm})"
+
+
+# Replace the activation by the vector (Hendel et al. 2023).
+overwrite = Write("set")
+
+
+def add(strength: float = 1.0, *, every_step: bool = False, keep_norm: bool = False) -> Write:
+    """Add the vector, times `strength`, to the activation.
+
+    With `every_step` it is added again at each generated token. With `keep_norm` the sum is rescaled to the length
+    that the activation had.
+
+    >>> str(add(4.0, every_step=True))
+    'add(4, every_step=True)'
+    """
+    return Write("add", float(strength), every_step, keep_norm)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Several layers that are written to in the same pass; made by `layers(3, 7, 12)`."""
+
+    numbers: tuple[int, ...]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
+
+
+def layers(*numbers: int) -> Layers:
+    """Several layers at once: each row gets its vector of every one of them, in one pass.
+
+    Raises:
+        TvLensError: no layer, or a layer twice.
+    """
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise TvLensError(f"layers{numbers}: give at least one layer, each of them once")
+    return Layers(tuple(numbers))

@@ -1,0 +1,290 @@
+"""The engine interface: what the rest of tv_lens needs from something that runs a model.
+
+An engine turns a batch of tokens into a `Pass`: next-token logits, reads of activations, and a past to continue from.
+Everything it is told to change in the model comes as `Edits`. What it can do it declares as `Capability`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any, TypeAlias
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tv_lens.edits import RESID_POST, Edits, Site
+from tv_lens.engines.planning import Limits
+from tv_lens.engines.text import ModelInfo, TextCodec
+from tv_lens.errors import TvLensError, UnsupportedError
+
+# What an engine needs to continue a pass. Opaque outside the engine that made it.
+Past: TypeAlias = Any
+
+
+class Capability(Enum):
+    """What an engine can do; the values complete the sentence "it cannot ..."."""
+
+    PATCH = "write a vector into a prompt"
+    ADD = "add a vector to an activation"
+    KEEP_NORM = "rescale an activation after an addition"
+    POSITIONS = "write or read at several positions of a prompt"
+    CONTINUE = "generate more than one token"
+    GRADIENTS = "give gradients"
+    READOUT = "read vectors through the model's unembedding"
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A batch of rows, padded on the left.
+
+    `ids` are the positions to run. `mask` is 1 on every real position seen by the end of them, including those that are
+    already in the past.
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch seen"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def then(self, chosen: Int[Tensor, " batch"]) -> Tokens:
+        """The next step: one chosen token per row, after everything seen so far."""
+        ids = rearrange(chosen, "batch -> batch 1")
+        return Tokens(ids, torch.cat([self.mask, torch.ones_like(ids)], dim=1))
+
+    def keep(self, rows: Sequence[int]) -> Tokens:
+        """Only some of the rows."""
+        index = torch.tensor(list(rows), dtype=torch.long, device="cpu")
+        return Tokens(self.ids[index], self.mask[index])
+
+    def repeat(self, n: int) -> Tokens:
+        """Each row `n` times in succession."""
+        return Tokens(
+            repeat(self.ids, "batch pos -> (batch n) pos", n=n), repeat(self.mask, "batch seen -> (batch n) seen", n=n)
+        )
+
+    def check_positions(self, edits: Edits) -> None:
+        """Raise TvLensError if an edit would write into a pad, or outside the positions that are run."""
+        width, seen = self.ids.shape[1], self.mask.shape[1]
+        for edit in edits:
+            inside = -edit.position <= width
+            if not inside or not bool(self.mask[edit.rows, seen + edit.position].all()):
+                lengths = self.mask[edit.rows].sum(dim=1)
+                row = int(edit.rows[lengths.argmin()])
+                raise TvLensError(
+                    f"row {row} has {int(lengths.min())} tokens, {width} of them in this pass, so there is none at "
+                    f"position {edit.position} to write to"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What came out of one forward pass.
+
+    `logits` are those after the last position, None if none were asked for. `reads` hold the sites asked for; their
+    layer axis follows `Engine.layers_of(site)`.
+    """
+
+    logits: Float[Tensor, "batch d_vocab"] | None = None
+    reads: Mapping[Site, Float[Tensor, "batch layer width"]] = field(default_factory=dict)
+    past: Past = None
+
+
+class Engine(ABC):
+    """Something that runs a model.
+
+    A subclass sets `info`, `text`, `capabilities`, `sites` and `limits`, and defines `forward`. An engine that keeps no
+    cache derives from `StatelessEngine` instead. `progress` turns progress bars on.
+    """
+
+    info: ModelInfo
+    text: TextCodec
+    capabilities: frozenset[Capability] = frozenset()
+    # Why a capability is missing, and what to do about it, as the end of a sentence that begins with the model's name.
+    reasons: Mapping[Capability, str] = {}
+    sites: frozenset[Site] = frozenset({RESID_POST})
+    progress: bool = False
+
+    @property
+    def limits(self) -> Limits:
+        """How rows may be batched."""
+        return Limits(d_vocab=self.info.d_vocab)
+
+    @abstractmethod
+    def forward(
+        self,
+        tokens: Tokens,
+        *,
+        edits: Edits = Edits(),
+        read: Sequence[Site] = (),
+        weights: Float[Tensor, "batch window"] | None = None,
+        past: Past = None,
+        logits: bool = True,
+        keep_past: bool = True,
+        grad: bool = False,
+    ) -> Pass:
+        """Run the tokens, with the edits applied.
+
+        Args:
+            edits: what to write; their positions count from the end of `tokens`.
+            read: sites to read, in float32 on the CPU, after the edits.
+            weights: how much each of the last `window` positions counts in a read, which is then their weighted sum;
+                None reads the last position alone.
+            past: what an earlier pass returned. It is consumed; fork it first to use it again.
+            logits: whether to compute next-token logits (float32).
+            keep_past: whether the pass will be continued.
+            grad: whether to keep the graph, so that gradients reach the edits' values. Parameters never get any.
+        """
+
+    def fork(self, past: Past, copies: int = 1) -> Past:
+        """An independent past with each row `copies` times in succession; `past` itself remains usable."""
+        raise UnsupportedError(self.cannot(Capability.CONTINUE))
+
+    def select(self, past: Past, rows: Sequence[int]) -> Past | None:
+        """The past of only these rows, for which `past` is consumed; None if it cannot be taken apart."""
+        raise UnsupportedError(self.cannot(Capability.CONTINUE))
+
+    def readout(
+        self, vectors: Float[Tensor, "batch d_model"], k: int
+    ) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"]]:
+        """The `k` most likely tokens of each vector and their probabilities, through the model's final norm and
+        unembedding; on the CPU.
+        """
+        raise UnsupportedError(self.cannot(Capability.READOUT))
+
+    def layers_of(self, site: Site) -> tuple[int, ...]:
+        """The layers that have the site; all of them unless the engine says otherwise."""
+        return tuple(range(self.info.n_layers))
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Around all passes of one public call: what must be set up once, and put back at the end."""
+        yield
+
+    def padding_is_safe(self, short: Sequence[int], long: Sequence[int]) -> bool:
+        """Whether a row gives the same reads padded to the length of another as it does alone.
+
+        An engine that answers False must from then on have `limits` that do not pad rows of that length.
+        """
+        return True
+
+    def shrink(self, rows: int) -> bool:
+        """After a pass of `rows` rows ran out of memory: allow fewer from now on. False if there is no way."""
+        return False
+
+    def fingerprint(self) -> str | None:
+        """A digest of everything that decides the model's outputs; None if it cannot be computed."""
+        return None
+
+    # What follows is the same for every engine.
+
+    @property
+    def name(self) -> str:
+        """The model's name in messages and provenance."""
+        return self.info.name
+
+    @property
+    def n_layers(self) -> int:
+        """The number of blocks."""
+        return self.info.n_layers
+
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream."""
+        return self.info.d_model
+
+    def require(self, capability: Capability) -> None:
+        """Raise UnsupportedError if the engine lacks a capability; the message says what it can do."""
+        if capability not in self.capabilities:
+            raise UnsupportedError(self.cannot(capability))
+
+    def require_site(self, site: Site) -> None:
+        """Raise UnsupportedError if the engine cannot reach a site."""
+        if site not in self.sites:
+            reachable = ", ".join(sorted(each.name for each in self.sites))
+            raise UnsupportedError(f"{self.name} gives no access to {site}; it has {reachable}")
+
+    def cannot(self, capability: Capability) -> str:
+        """The message about a missing capability."""
+        can = ", ".join(each.name for each in Capability if each in self.capabilities) or "nothing else"
+        reason = self.reasons.get(capability, f"cannot {capability.value}; this engine has {can}")
+        return f"{self.name} {reason}"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The past of an engine that keeps no cache: the rows so far, which are run again at each step, and their edits,
+    with positions counted from the end of the rows.
+    """
+
+    tokens: Tokens
+    edits: Edits = Edits()
+
+    @staticmethod
+    def start(tokens: Tokens) -> Replay:
+        """A past of no tokens: `tokens`, run after it, are run whole at each step."""
+        return Replay(replace(tokens, ids=tokens.ids[:, :0]))
+
+    @staticmethod
+    def after(past: Replay | None, tokens: Tokens, edits: Edits) -> Replay:
+        """The rows up to the end of `tokens`, with `edits` in them."""
+        if past is None:
+            past = Replay.start(tokens)
+        ids = torch.cat([past.tokens.ids, tokens.ids], dim=1)
+        return Replay(Tokens(ids, tokens.mask), Edits((*past.edits.before(tokens.ids.shape[1]), *edits)))
+
+    def keep(self, rows: Sequence[int]) -> Replay:
+        """Only some of the rows."""
+        return Replay(self.tokens.keep(rows), self.edits.keep(rows))
+
+    def repeat(self, n: int) -> Replay:
+        """Each row `n` times in succession."""
+        return Replay(self.tokens.repeat(n), self.edits.repeat(n))
+
+
+class StatelessEngine(Engine):
+    """An engine that keeps no cache. A subclass defines `run`, which gets whole rows at every step."""
+
+    @abstractmethod
+    def run(
+        self,
+        tokens: Tokens,
+        *,
+        edits: Edits,
+        read: Sequence[Site],
+        weights: Float[Tensor, "batch window"] | None,
+        logits: bool,
+        grad: bool,
+    ) -> Pass:
+        """Run whole rows, with all edits made in them so far. The arguments are those of `forward`."""
+
+    def forward(
+        self,
+        tokens: Tokens,
+        *,
+        edits: Edits = Edits(),
+        read: Sequence[Site] = (),
+        weights: Float[Tensor, "batch window"] | None = None,
+        past: Past = None,
+        logits: bool = True,
+        keep_past: bool = True,
+        grad: bool = False,
+    ) -> Pass:
+        """Run the rows so far, with the new tokens and edits at their end."""
+        whole = Replay.after(past, tokens, edits)
+        made = self.run(whole.tokens, edits=whole.edits, read=read, weights=weights, logits=logits, grad=grad)
+        return replace(made, past=whole if keep_past else None)
+
+    def fork(self, past: Past, copies: int = 1) -> Past:
+        """The rows so far, each `copies` times in succession."""
+        return past.repeat(copies)
+
+    def select(self, past: Past, rows: Sequence[int]) -> Past:
+        """Only some of the rows so far."""
+        return past.keep(rows)

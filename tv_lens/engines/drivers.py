@@ -1,0 +1,305 @@
+"""Private parts of TransformerLens, torch, tokenizers, vLLM and Inspect. No other file uses any.
+
+Each function here says what it needs them for, so that a new version of a library is checked in one place.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import RemoteBridge, TransformerBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.sources.inspect.driver import InspectDriver
+from transformer_lens.model_bridge.sources.vllm.driver import VLLMDriver
+
+# What is remembered about a model
+
+
+@dataclass
+class ModelState:
+    """What all engines of one model share: a lock, and what was learned while running it.
+
+    `depth` counts the sessions that are open; only the outermost sets things up and puts them back.
+    """
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    depth: int = 0
+    max_rows: int | None = None
+    padded_up_to: float | None = None
+    checked_lengths: set[int] = field(default_factory=set)
+
+
+_STATES: WeakKeyDictionary[Any, ModelState] = WeakKeyDictionary()
+_STATES_LOCK = threading.Lock()
+
+
+def state_of(model: Any) -> ModelState:
+    """The state shared by all engines of a model. It holds no reference to the model."""
+    with _STATES_LOCK:
+        return _STATES.setdefault(model, ModelState())
+
+
+# Leaving no trace
+
+
+def finish(put_back: Callable[[], None]) -> None:
+    """Run `put_back` to its end, even if Ctrl-C interrupts it: a model may have a thousand modules."""
+    try:
+        put_back()
+    except KeyboardInterrupt:
+        put_back()
+        raise
+
+
+@contextmanager
+def tokenizer_unchanged(tokenizer: Any, state: ModelState) -> Iterator[None]:
+    """Tokenizing switches a fast tokenizer's padding on; this puts padding and truncation back."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state.lock.acquire()
+    try:
+        if backend is None:
+            yield
+            return
+        padding, truncation = backend.padding, backend.truncation
+
+        def put_back() -> None:
+            if padding is None:
+                backend.no_padding()
+            else:
+                backend.enable_padding(**padding)
+            if truncation is None:
+                backend.no_truncation()
+            else:
+                backend.enable_truncation(**truncation)
+
+        try:
+            yield
+        finally:
+            finish(put_back)
+    finally:
+        state.lock.release()
+
+
+@contextmanager
+def model_unchanged(bridge: TransformerBridge, points: Sequence[HookPoint], state: ModelState) -> Iterator[None]:
+    """One thread at a time, no dropout; train flags and hooks come back as they were, also after an exception."""
+    state.lock.acquire()
+    state.depth += 1
+    try:
+        if state.depth > 1:
+            yield
+            return
+        models = (bridge, bridge.original_model)
+        training = [module for model in models for module in model.modules() if module.training]
+        hooks = [(point, list(point.fwd_hooks), list(point._forward_hooks)) for point in points]
+        level = getattr(bridge, "context_level", 0)
+
+        def put_back() -> None:
+            for module in training:
+                module.training = True
+            # TransformerLens leaves its hooks on the model if Ctrl-C comes while it adds or removes them.
+            for point, shown, keys in hooks:
+                point.fwd_hooks[:] = shown
+                for key in [key for key in point._forward_hooks if key not in keys]:
+                    del point._forward_hooks[key]
+            bridge.context_level = level
+
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            finish(put_back)
+    finally:
+        state.depth -= 1
+        state.lock.release()
+
+
+@contextmanager
+def computing(device: torch.device, parameters: Iterable[nn.Parameter], grad: bool) -> Iterator[None]:
+    """A graph only if `grad`, none of it for parameters, and no autocast, whatever the caller has switched on."""
+    was_enabled = torch.is_grad_enabled()
+    frozen = [parameter for parameter in parameters if parameter.requires_grad] if grad else []
+
+    def put_back() -> None:
+        torch.set_grad_enabled(was_enabled)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+    try:
+        torch.set_grad_enabled(grad)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        finish(put_back)
+
+
+# Hooks
+
+
+def components_of(bridge: TransformerBridge, points: Iterable[HookPoint]) -> dict[HookPoint, nn.Module]:
+    """The components whose outputs the hook points are."""
+    wanted = set(points)
+    modules = bridge.original_model.modules()
+    return {m.hook_out: m for m in modules if isinstance(m, GeneralizedComponent) and m.hook_out in wanted}
+
+
+def has_output_hooks(component: nn.Module) -> bool:
+    """Whether somebody changes the component's output with a torch forward hook.
+
+    Such a hook runs behind TransformerLens's hook point, so there a read would be too early.
+    """
+    return bool(component._forward_hooks)
+
+
+@contextmanager
+def output_hooks(hooks: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor | None]]]) -> Iterator[None]:
+    """Torch forward hooks on modules, behind those that are there; they get the first output."""
+
+    def wrapped(function: Callable[[Tensor], Tensor | None], module: nn.Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        changed = function(first)
+        if changed is None:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handles: list[Any] = []
+
+    def put_back() -> None:
+        for handle in handles:
+            handle.remove()
+
+    try:
+        for module, function in hooks:
+            handles.append(module.register_forward_hook(partial(wrapped, function)))
+        yield
+    finally:
+        finish(put_back)
+
+
+def user_hooks(bridge: TransformerBridge) -> list[tuple[str, Callable[..., Any]]]:
+    """Every hook on the model that is not TransformerLens's own: where it is, and the function."""
+    found: list[tuple[str, Callable[..., Any]]] = []
+    points = {point: name for name, point in bridge.hook_dict.items()}
+    for point, name in points.items():
+        found += [(name, handle.user_hook) for handle in point.fwd_hooks if handle.user_hook is not None]
+    for name, module in bridge.original_model.named_modules():
+        if isinstance(module, HookPoint):
+            continue
+        for kind, hooks in (("output", module._forward_hooks), ("input", module._forward_pre_hooks)):
+            for function in hooks.values():
+                if not _is_library_hook(function):
+                    found.append((f"{name or 'model'} {kind}", function))
+    return found
+
+
+def _is_library_hook(function: Callable[..., Any]) -> bool:
+    while isinstance(function, partial):
+        function = function.func
+    module = inspect.getmodule(function)
+    return module is not None and module.__name__.split(".")[0] in ("transformer_lens", "accelerate", "tv_lens")
+
+
+def tensors_of(bridge: TransformerBridge) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters and buffers, by name.
+
+    Rotary frequencies that the model changes with the length of its input are left out: they follow from the
+    configuration.
+    """
+    yield from bridge.original_model.named_parameters()
+    rope = str(config_of(bridge).get("rope_parameters"))
+    changes = "longrope" in rope or "dynamic" in rope
+    for name, buffer in bridge.original_model.named_buffers():
+        if not (changes and name.endswith("inv_freq")):
+            yield name, buffer
+
+
+# Remote bridges
+
+
+@dataclass(frozen=True)
+class RemoteFacts:
+    """What a remote bridge was booted with. The bridge does not expose it; its driver knows.
+
+    `cannot_patch` says why vectors cannot be written, "" if they can. `values_per_position` is whether one hook takes a
+    different vector at each of several positions. `batches` is whether it takes several rows at once.
+    """
+
+    n_ctx: int
+    end_ids: frozenset[int]
+    batches: bool
+    cannot_patch: str
+    values_per_position: bool
+
+
+def remote_facts(bridge: RemoteBridge) -> RemoteFacts:
+    """How a remote bridge can be used."""
+    driver, n_ctx = bridge._driver, int(bridge.cfg.n_ctx)
+    if isinstance(driver, VLLMDriver):
+        return _vllm_facts(driver, n_ctx)
+    if isinstance(driver, InspectDriver):
+        # Of Inspect's providers only TransformerLens's own, which holds the model itself, edits at a position.
+        model = getattr(driver._model.api, "_hf", None)
+        generation = getattr(model, "generation_config", None)
+        reason = "" if model is not None else "is run by an Inspect provider that cannot write at one position"
+        return RemoteFacts(n_ctx, ids_of(getattr(generation, "eos_token_id", None)), False, reason, True)
+    return RemoteFacts(n_ctx, frozenset(), False, "", False)
+
+
+def _vllm_facts(driver: VLLMDriver, n_ctx: int) -> RemoteFacts:
+    config = driver._llm.llm_engine.model_config
+    ends = ids_of(config.try_get_generation_config().get("eos_token_id"))
+    n_ctx = min(n_ctx, config.max_model_len - 1)  # vLLM needs room for a token of its own
+    if not driver._enable_batching:
+        n_ctx = min(n_ctx, driver._max_num_batched_tokens)
+    can_patch = driver._enable_position_interventions
+    reason = "" if can_patch else "was booted without enable_position_interventions=True"
+    return RemoteFacts(n_ctx, ends, bool(driver._enable_batching), reason, False)
+
+
+def ids_of(value: int | Sequence[int] | None) -> frozenset[int]:
+    """Configurations hold one id, several or none."""
+    if value is None:
+        return frozenset()
+    return frozenset([value]) if isinstance(value, int) else frozenset(value)
+
+
+# Configurations
+
+
+def config_of(bridge: TransformerBridge) -> Mapping[str, Any]:
+    """The text model's Hugging Face configuration; empty if the model has none."""
+    config = getattr(bridge.original_model, "config", None)
+    if config is None:
+        return {}
+    whole: dict[str, Any] = config.get_text_config().to_dict()
+    whole["is_encoder_decoder"] = bool(getattr(config, "is_encoder_decoder", False))
+    return whole
+
+
+def generation_end_ids(bridge: TransformerBridge) -> frozenset[int]:
+    """The ids that the model's generation configuration ends a text with."""
+    generation = getattr(bridge.original_model, "generation_config", None)
+    return ids_of(getattr(generation, "eos_token_id", None))
+
+
+def is_recurrent(bridge: TransformerBridge) -> bool:
+    """Whether the model carries a recurrent state, whose cache cannot be widened."""
+    return bool(getattr(bridge.original_model, "_is_stateful", False))
+
+
+def accepts_argument(bridge: TransformerBridge, name: str) -> bool:
+    """Whether the Hugging Face model's forward has a parameter of that name."""
+    return name in inspect.signature(bridge.original_model.forward).parameters

@@ -1,0 +1,80 @@
+"""The settings of an experiment: everything it takes to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from tv_lens.errors import TvLensError
+from tv_lens.prompts import PromptFormat, format_from_dict
+from tv_lens.provenance import Option
+
+# The settings that tell the rows of several experiments apart.
+IDENTIFYING = ("model", "scoring", "method", "shots", "seed")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an experiment was run with. Fields can be read by name (`settings["shots"]`), too.
+
+    `weights` is a fingerprint of the model, its configuration and the user's hooks, `data` one of each task's pairs;
+    `rules` are the rules' names. `method` joins the names of `methods`, which hold the options of each.
+    """
+
+    model: str
+    engine: str
+    weights: str | None
+    dtype: str
+    n_layers: int
+    d_model: int
+    prepend_bos: bool | None
+    bos: str | None
+    tasks: tuple[str, ...]
+    data: Mapping[str, str]
+    rules: Mapping[str, str]
+    shots: int
+    n_dev: int
+    n_test: int
+    seed: int
+    method: str
+    methods: Mapping[str, dict[str, Option]]
+    substitutes: int
+    controls: tuple[str, ...]
+    template: dict[str, Any]
+    max_new_tokens: int
+    scoring: str
+    layers: tuple[int, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.tasks or not self.methods:
+            raise TvLensError("an experiment has at least one task and one method")
+        if not self.n_layers > 0 or not all(0 <= layer < self.n_layers for layer in self.layers):
+            raise TvLensError(f"layers {self.layers[:12]} are not those of a model with {self.n_layers} layers")
+        if set(self.tasks) - set(self.data) or set(self.tasks) - set(self.rules):
+            raise TvLensError("each task has a fingerprint of its data, and a rule")
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.keys():
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def keys(self) -> list[str]:
+        """The names of the settings."""
+        return [each.name for each in fields(self)]
+
+    @property
+    def format(self) -> PromptFormat:
+        """The prompt format that `template` describes."""
+        return format_from_dict(self.template)
+
+    def differences(self, other: Settings) -> list[str]:
+        """What differs in `other`, one sentence for each setting."""
+        return [f"{name} was {self[name]}, is {other[name]}" for name in self.keys() if self[name] != other[name]]

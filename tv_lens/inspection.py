@@ -1,0 +1,83 @@
+"""What a prompt looks like to the model: its tokens, what each is for, and which of them an edit would touch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tv_lens.display import figure, html_table
+from tv_lens.edits import Positions
+from tv_lens.engines import Model, engine_for
+from tv_lens.patching import Placement
+from tv_lens.prompts import Prompt, as_prompts
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of one prompt, in order.
+
+    `positions` count from the end, -1 is the last token. `roles` say what each token is for: "bos", "input",
+    "separator" (between input and output), "output", "boundary" (between demonstrations), "query" or "template".
+    `edited` says whether an edit would write to it. `bos` says what was put in front of the text, and why.
+    """
+
+    model: str
+    tokens: tuple[str, ...]
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    roles: tuple[str, ...]
+    edited: tuple[bool, ...]
+    bos: str
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per token: position, token, id, role, edited."""
+        import pandas as pd
+
+        columns = {"position": self.positions, "token": self.tokens, "id": self.ids, "role": self.roles}
+        return pd.DataFrame({**columns, "edited": self.edited})
+
+    def plot(self) -> go.Figure:
+        """The prompt as it is written, colored by role, with a frame around the tokens that are edited."""
+        return figure(self)
+
+    def __str__(self) -> str:
+        table = self.to_pandas()
+        table["token"] = table["token"].map(repr)
+        return f"{self.model}: {self.bos}\n{table.to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        table = self.to_pandas()
+        table["token"] = table["token"].map(repr)  # white space shows
+        return html_table(table, f"{self.model}: {self.bos}")
+
+
+def show_tokens(
+    model: Model, prompt: Prompt | str, *, positions: Positions = "last", keep_demonstrations: bool = True
+) -> TokenTable:
+    """The tokens of a prompt as the model gets them, and which of them `positions` names.
+
+    With `keep_demonstrations=False` it is the query alone, which is what `patch_generate` runs by default.
+
+    Raises:
+        TvLensError: a prompt without tokens, or one that lacks the positions.
+    """
+    engine = engine_for(model)
+    [asked] = Placement(positions=positions, keep_demonstrations=keep_demonstrations).prompts(as_prompts([prompt]))
+    [ids] = engine.text.encode([asked.text])
+    edited = set(engine.text.positions(asked, ids, positions, 0))
+    places = range(-len(ids), 0)
+    info = engine.info
+    put_in_front = f"{info.bos!r} is put in front" if info.bos else "nothing is put in front"
+    return TokenTable(
+        model=info.name,
+        tokens=tuple(engine.text.token(token) for token in ids),
+        ids=tuple(ids),
+        positions=tuple(places),
+        roles=tuple(engine.text.roles(asked, ids)),
+        edited=tuple(place in edited for place in places),
+        bos=f"{put_in_front}{', ' + info.bos_reason if info.bos_reason else ''}",
+    )

@@ -1,0 +1,78 @@
+"""What a method is: something that makes task vectors for a task from its prompts.
+
+A custom method is a frozen dataclass that derives from `Method`, names itself and defines `__call__`. Its fields are
+its options, which go into the vectors' provenance and an experiment's settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from tv_lens.edits import SITES, Site
+from tv_lens.engines import Engine
+from tv_lens.errors import TvLensError
+from tv_lens.prompts import Prompt
+from tv_lens.provenance import Option
+from tv_lens.tasks import Task
+from tv_lens.vectors import TaskVectors
+
+
+class Method(ABC):
+    """A way to make task vectors. `name` tells it from others in tables and files."""
+
+    name: ClassVar[str]
+    _known: ClassVar[dict[str, type[Method]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Method._known[cls.name] = cls
+
+    @abstractmethod
+    def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
+        """One vector per prompt and layer, or one for all prompts."""
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The method's fields as JSON values."""
+        if not dataclasses.is_dataclass(self):
+            return {}
+        return {field.name: _option(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+
+
+def method_of(vectors: TaskVectors) -> Method | None:
+    """The method that made the vectors, by their provenance; None if they are a sum or were made by hand."""
+    name = vectors.method.removeprefix("mean of ")
+    kind = Method._known.get(name)
+    if kind is None or len(vectors.terms) > 1 or not dataclasses.is_dataclass(kind):
+        return None
+    known = {field.name for field in dataclasses.fields(kind)}
+    options = {name: _value(name, value) for name, value in vectors.options.items() if name in known}
+    made: Method = kind(**options)
+    return made
+
+
+def check_methods(methods: Sequence[Method]) -> None:
+    """Raise TvLensError unless `methods` are methods with different names."""
+    if isinstance(methods, Method) or not methods or not all(isinstance(each, Method) for each in methods):
+        raise TvLensError(f"methods are {methods!r}; give a list of methods, such as [Extraction(substitutes=2)]")
+    names = [method.name for method in methods]
+    if len(set(names)) < len(names):
+        raise TvLensError(f"methods are {names}; give each a different name")
+
+
+def _option(value: Any) -> Option:
+    if isinstance(value, Site):
+        return value.name
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _value(name: str, value: Option) -> Any:
+    if name == "site" and isinstance(value, str):
+        return SITES[value]
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,127 @@
+"""What all figures have in common: colors, axes, bars, and text that cannot become markup.
+
+Every figure can be read without color: lines differ by dash and marker, bars by pattern, and the colors (Okabe and
+Ito's) differ in brightness.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tv_lens.errors import MissingExtraError
+from tv_lens.vectors import depth
+
+try:
+    import plotly.graph_objects as go
+except ImportError as error:
+    raise MissingExtraError('a figure needs Plotly; pip install "tv_lens[plots]"') from error
+
+__all__ = [
+    "COLORS",
+    "GRAY",
+    "LOOKS",
+    "PATTERNS",
+    "SYMBOLS",
+    "accuracy_axis",
+    "bars",
+    "depth_axis",
+    "go",
+    "new_figure",
+    "plain",
+]
+
+if TYPE_CHECKING:
+    from tv_lens.evidence.results import Score
+
+# Okabe and Ito's colors, in the order in which they are easiest to tell apart.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down", "pentagon", "hexagram")
+PATTERNS = ("", "/", "x", ".", "-", "+", "|", "\\")
+GRAY = "#595959"
+
+# A condition looks the same in all figures.
+LOOKS: Mapping[str, tuple[str, str]] = {
+    "zero-shot": ("#BFBFBF", ""),
+    "few-shot": ("#E69F00", "/"),
+    "patched": ("#0072B2", ""),
+}
+
+
+def new_figure(title: str, subtitle: str = "") -> go.Figure:
+    figure = go.Figure()
+    below = {"subtitle": {"text": plain(subtitle), "font": {"size": 12}}} if subtitle else {}
+    figure.update_layout(
+        template="simple_white",
+        title={"text": plain(title), "x": 0, "xref": "paper", "font": {"size": 15}, **below},
+        font={"size": 13, "color": "#1A1A1A"},
+        legend={"orientation": "v", "x": 1.02, "y": 1, "xanchor": "left", "yanchor": "top"},
+        margin={"l": 70, "r": 30, "t": 70, "b": 60},
+        width=860,
+        height=440,
+    )
+    return figure
+
+
+def bars(
+    labels: Sequence[str], scores: Sequence[Score], name: str, color: str, pattern: str, horizontal: bool = False
+) -> dict[str, Any]:
+    values = [score.accuracy for score in scores]
+    error = {
+        "type": "data",
+        "symmetric": False,
+        "array": [score.interval[1] - score.accuracy for score in scores],
+        "arrayminus": [score.accuracy - score.interval[0] for score in scores],
+        "color": "#000000",
+        "thickness": 1.5,
+        "width": 3,
+    }
+    label = "%{y}" if horizontal else "%{x}"
+    return {
+        **({"y": labels, "x": values, "orientation": "h"} if horizontal else {"x": labels, "y": values}),
+        "error_x" if horizontal else "error_y": error,
+        "marker": {
+            "color": color,
+            "pattern": {"shape": pattern, "fgcolor": "#1A1A1A", "size": 6, "solidity": 0.25},
+            "line": {"color": "#1A1A1A", "width": 1},
+        },
+        "customdata": [str(score) for score in scores],
+        "hovertemplate": f"{label}, {plain(name)}: %{{customdata}}<extra></extra>",
+        "name": plain(name),
+        "offsetgroup": name,
+    }
+
+
+def accuracy_axis(figure: go.Figure, axis: str) -> None:
+    update = figure.update_xaxes if axis == "x" else figure.update_yaxes
+    update(title="accuracy (95% interval)", range=[-0.03, 1.03], showgrid=True, gridcolor="#E5E5E5", dtick=0.2)
+
+
+def depth_axis(figure: go.Figure, layers: Sequence[int], n_layers: int | None) -> None:
+    """A second axis at the top, in fractions of the model; left out if its depth is not known."""
+    if n_layers is None:
+        return
+    every = max(1, math.ceil((layers[-1] - layers[0] + 1) / 8))
+    ticks = list(range(layers[0], layers[-1] + 1, every))
+    figure.update_layout(
+        xaxis2={
+            "title": {"text": "depth (fraction of blocks run)", "standoff": 4},
+            "overlaying": "x",
+            "matches": "x",
+            "side": "top",
+            "tickvals": ticks,
+            "ticktext": [f"{depth(layer, n_layers):.2f}" for layer in ticks],
+            "showgrid": False,
+        },
+        title_y=0.97,
+        margin_t=130 if figure.layout.title.subtitle.text else 100,
+    )
+    # An axis is drawn only if something is drawn on it.
+    figure.add_scatter(x=ticks, y=[None] * len(ticks), xaxis="x2", showlegend=False, hoverinfo="skip")
+
+
+def plain(text: str) -> str:
+    """Text for a figure. Plotly reads labels as a subset of HTML, and `%{...}` in hover texts as a placeholder."""
+    return html.escape(text, quote=False).replace("{", "&#123;")
