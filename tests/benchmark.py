@@ -106,7 +106,7 @@ def loop_answers(
         ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     cut = bench.prompts[0].template.cut
-    ends = bench.engine.ends
+    ends = bench.engine.info.end_ids
     texts = []
     for row in ids[:, at + 1 :].tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), len(row))

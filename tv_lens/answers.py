@@ -77,7 +77,7 @@ def _behind(prefix: Sequence[int], whole: Sequence[int]) -> list[int]:
     return list(whole[same:])
 
 
-def answer_logprobs(
+def answer_logprobs(  # noqa: PLR0913 - its options are keywords
     model: Model,
     prompts: Sequence[Prompt | str],
     answers: Sequence[str] | None = None,
@@ -159,7 +159,7 @@ def _forced(
     for step in range(max(map(len, targets))):
         is_last = step + 1 == max(len(targets[i]) for i in batch)
         made = engine.forward(tokens, edits=edits, past=past, keep_past=not is_last)
-        logits = finite_logits(engine, made.logits, [f"prompt {rows[i]}" for i in batch])
+        logits = finite_logits(engine, made.logits, [rows[i] for i in batch])
         # A row that is done but could not leave the batch is fed its last token again.
         chosen = torch.tensor([targets[i][min(step, len(targets[i]) - 1)] for i in batch], device="cpu")
         step_logprobs = logits.log_softmax(dim=-1).cpu().gather(1, chosen[:, None]).squeeze(1)
@@ -202,7 +202,7 @@ def divergence(
     check_vectors(engine, vectors, len(asked))
     few_shot_ids, ids = encode(engine, whole, 1), encode(engine, asked, 1)
     edits = edits_for(engine, asked, ids, vectors, layer, placement)
-    names = [f"prompt {i}" for i in range(len(whole))]
-    few_shot = finite_logits(engine, next_logits(engine, few_shot_ids, Edits()), names).log_softmax(dim=-1)
-    patched = finite_logits(engine, next_logits(engine, ids, edits), names).log_softmax(dim=-1)
+    numbers = range(len(whole))
+    few_shot = finite_logits(engine, next_logits(engine, few_shot_ids, Edits()), numbers).log_softmax(dim=-1)
+    patched = finite_logits(engine, next_logits(engine, ids, edits), numbers).log_softmax(dim=-1)
     return torch.nn.functional.kl_div(patched, few_shot, reduction="none", log_target=True).sum(dim=-1)

@@ -118,7 +118,7 @@ class Edits(tuple[Edit, ...]):
         return made
 
     @staticmethod
-    def per_row(
+    def per_row(  # noqa: PLR0913 - the fields of an Edit
         vectors: Float[Tensor, "row width"],
         layers: Int[Tensor, " row"],
         *,

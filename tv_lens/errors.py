@@ -6,7 +6,7 @@ traceback.
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 
 
@@ -32,7 +32,7 @@ class TvLensWarning(UserWarning):
 
 def warn(message: str) -> None:
     """Warn at the line of the caller's code that called tv_lens."""
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "tv_lens":
+    depth, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == "tv_lens":
         depth, frame = depth + 1, frame.f_back
-    warnings.warn(message, TvLensWarning, stacklevel=depth)
+    warnings.warn(message, TvLensWarning, stacklevel=depth + 1)

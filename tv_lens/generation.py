@@ -106,7 +106,7 @@ def generate(
     return completions(engine, answers)
 
 
-def patch_generate(
+def patch_generate(  # noqa: PLR0913 - its options are keywords
     model: Model,
     prompts: Sequence[Prompt | str],
     vectors: TaskVectors,
@@ -203,6 +203,7 @@ class Answer:
     prompt: Prompt
     stop: Stop
     key: str
+    number: int
     ids: list[int] = field(default_factory=list)
     text: str = ""
     ended: bool = False
@@ -239,9 +240,9 @@ def answer(
     answers: dict[int, Answer] = {}
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
-        begun = [Answer(p := prompts[row // k], stops[p.template], keys[row // k]) for row in rows]
-        names = [f"prompt {row // k}" for row in rows]
-        decode(engine, tokens, past, edits, begun, names, max_new_tokens, sampler)
+        numbers = [row // k for row in rows]
+        begun = [Answer(prompts[i], stops[prompts[i].template], keys[i], i) for i in numbers]
+        decode(engine, tokens, past, edits, begun, max_new_tokens, sampler)
         answers.update(zip(rows, begun, strict=True))
 
     edits = conditions[0] if k == 1 else Edits.interleave(conditions)
@@ -255,7 +256,6 @@ def decode(
     past: Past,
     edits: Edits,
     rows: Sequence[Answer],
-    names: Sequence[str],
     max_new_tokens: int,
     sampler: Sampler,
 ) -> None:
@@ -268,7 +268,7 @@ def decode(
     for step in range(max_new_tokens):
         is_last = step + 1 == max_new_tokens
         made = engine.forward(tokens, edits=edits, past=past, keep_past=not is_last)
-        logits = finite_logits(engine, made.logits, [names[i] for i in batch])
+        logits = finite_logits(engine, made.logits, [rows[i].number for i in batch])
         chosen = sampler(logits, [f"{step}:{rows[i].key}" for i in batch]).cpu()
         for i, token in zip(batch, chosen.tolist(), strict=True):
             if not rows[i].ended:
@@ -301,20 +301,21 @@ def required_logits(logits: Float[Tensor, "batch d_vocab"] | None) -> Float[Tens
 
 
 def finite_logits(
-    engine: Engine, logits: Float[Tensor, "batch d_vocab"] | None, names: Sequence[str]
+    engine: Engine, logits: Float[Tensor, "batch d_vocab"] | None, prompts: Sequence[int]
 ) -> Float[Tensor, "batch d_vocab"]:
-    """The logits, if a token can be chosen from every row.
+    """The logits, if a token can be chosen from every row; `prompts` are the numbers of the rows' prompts.
 
     Raises:
-        EngineError: NaN or infinity, or nothing but minus infinity; the message names the rows.
+        EngineError: NaN or infinity, or nothing but minus infinity; the message names the prompts.
     """
     given = required_logits(logits)
     broken = (~given.amax(dim=-1).isfinite()).nonzero().flatten().tolist()
     if broken:
-        some = ", ".join(names[i] for i in broken[:10]) + (", ..." if len(broken) > 10 else "")
+        numbers = list(dict.fromkeys(prompts[i] for i in broken))
+        some = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
         raise EngineError(
-            f"{engine.name}: the logits of {some} are NaN or infinite, so no token can be chosen; a half-precision "
-            "model may overflow, run it in float32 or bfloat16"
+            f"{engine.name}: the logits behind prompt {some} are NaN or infinite, so no token can be chosen; a "
+            "half-precision model may overflow, run it in float32 or bfloat16"
         )
     return given
 

@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tv_lens.errors import TvLensError
 
@@ -38,6 +38,10 @@ def has_lone_surrogate(text: str) -> bool:
     return False
 
 
+# Every prompt format by its class name, so that files can name theirs.
+_FORMATS: dict[str, type[PromptFormat]] = {}
+
+
 class PromptFormat(ABC):
     """How demonstrations and a query are written, and how an answer is cut out of what follows.
 
@@ -46,11 +50,9 @@ class PromptFormat(ABC):
     names it is loaded.
     """
 
-    _known: ClassVar[dict[str, type[PromptFormat]]] = {}
-
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        PromptFormat._known[cls.__name__] = cls
+        _FORMATS[cls.__name__] = cls
 
     @abstractmethod
     def segments(self, examples: Sequence[Example], query: str) -> Sequence[Segment]:
@@ -90,9 +92,9 @@ def format_from_dict(data: Mapping[str, Any]) -> PromptFormat:
     """
     fields = dict(data)
     kind = fields.pop("kind", "Template")
-    if not isinstance(kind, str) or kind not in PromptFormat._known:
+    if not isinstance(kind, str) or kind not in _FORMATS:
         raise TvLensError(f"prompt format {kind!r} is not known; import the module that defines it, then load the file")
-    known = PromptFormat._known[kind]
+    known = _FORMATS[kind]
     names = {field.name for field in dataclasses.fields(known)} if dataclasses.is_dataclass(known) else set[str]()
     if set(fields) - names:
         raise TvLensError(f"prompt format {kind!r} has no {sorted(set(fields) - names)}")

@@ -117,7 +117,7 @@ class Engine(ABC):
         return Limits(d_vocab=self.info.d_vocab)
 
     @abstractmethod
-    def forward(
+    def forward(  # noqa: PLR0913 - the one way to run a model
         self,
         tokens: Tokens,
         *,
@@ -264,7 +264,7 @@ class StatelessEngine(Engine):
     ) -> Pass:
         """Run whole rows, with all edits made in them so far. The arguments are those of `forward`."""
 
-    def forward(
+    def forward(  # noqa: PLR0913 - the one way to run a model
         self,
         tokens: Tokens,
         *,

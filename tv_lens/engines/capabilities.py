@@ -16,7 +16,7 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from tv_lens.edits import RESID_POST, SITES, Site
+from tv_lens.edits import ATTN_OUT, MLP_OUT, RESID_POST, SITES, Site
 from tv_lens.engines.drivers import (
     accepts_argument,
     config_of,
@@ -120,12 +120,23 @@ def _first_number(config: Mapping[str, Any], names: Iterable[str]) -> int | None
     return next((config[name] for name in names if _is_size(config.get(name))), None)
 
 
+# BLOOM's attention and MLP add the residual stream to their output themselves.
+_OWN_HOOKS = {
+    "BloomForCausalLM": {
+        ATTN_OUT: "blocks.{layer}.attn.o.hook_out",
+        MLP_OUT: "blocks.{layer}.mlp.out.hook_out",
+    }
+}
+
+
 def hooks_of(bridge: TransformerBridge, n_layers: int) -> dict[Site, dict[int, str]]:
     """For each site that the model has, the hook of every layer that has it."""
     present = bridge.hook_dict
+    own = _OWN_HOOKS.get(str(bridge.cfg.architecture), {})
     hooks = {}
     for site in SITES.values():
-        names = {layer: site.local_hook.format(layer=layer) for layer in range(n_layers)}
+        pattern = own.get(site, site.local_hook)
+        names = {layer: pattern.format(layer=layer) for layer in range(n_layers)}
         named = {layer: name for layer, name in names.items() if name in present}
         if named or site == RESID_POST:
             hooks[site] = named
@@ -140,7 +151,8 @@ def head_shape(bridge: TransformerBridge, layers: Iterable[int]) -> tuple[int, i
     for layer in layers:
         try:
             n_heads, d_head, _ = bridge.blocks[layer].attn.W_O.shape
-        except (AttributeError, NotImplementedError, ValueError):  # quantized weights refuse to be read
-            return int(bridge.cfg.n_heads), int(bridge.cfg.d_head)
+        except (AttributeError, NotImplementedError, ValueError):
+            # Quantized weights refuse to be read; multi-head latent attention has values of another width than keys.
+            return int(bridge.cfg.n_heads), int(config_of(bridge).get("v_head_dim") or bridge.cfg.d_head)
         return int(n_heads), int(d_head)
     return 0, 0

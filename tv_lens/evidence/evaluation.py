@@ -37,7 +37,7 @@ def score(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> Score:
     return Score(tuple(texts), answers, tuple(judged))
 
 
-def sweep_layers(
+def sweep_layers(  # noqa: PLR0913 - its options are keywords
     model: Model,
     task: Task,
     prompts: Sequence[Prompt],
@@ -80,7 +80,7 @@ def swept_layers(engine: Engine, layers: Sequence[int] | None, with_vectors: Seq
     return [int(layer) for layer in chosen]  # NumPy integers are not JSON-serializable
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - its options are keywords
     model: Model,
     task: Task,
     prompts: Sequence[Prompt],
@@ -116,30 +116,31 @@ def evaluate(
     before = {} if "random" in given else control_vectors([RandomDirection()], treatment)
     after = {} if "shuffled" in given else control_vectors([ShuffledDemonstrations()], treatment)
     compared = {**before, **given, **after}
-    return evaluate_with(engine, task, prompts, vectors, layer, compared, placement, max_new_tokens)
+    return evaluate_with(engine, task, prompts, {"patched": vectors, **compared}, layer, placement, max_new_tokens)
 
 
 def evaluate_with(
     engine: Engine,
     task: Task,
     prompts: Sequence[Prompt],
-    vectors: TaskVectors,
+    vectors: Mapping[str, TaskVectors],
     layer: int | Layers,
-    controls: Mapping[str, TaskVectors],
     placement: Placement,
     max_new_tokens: int,
 ) -> Evaluation:
-    """The evaluation with exactly these controls; the arguments are checked."""
+    """The evaluation of "patched" with exactly the controls that `vectors` names; the arguments are checked."""
     few_shot = unpatched_score(engine, task, prompts, max_new_tokens)
     zero_shot = unpatched_score(engine, task, [prompt.zero_shot() for prompt in prompts], max_new_tokens)
-    conditions = [(each, layer) for each in (vectors, *controls.values())]
-    patched, *controlled = patched_scores(engine, task, prompts, conditions, placement, max_new_tokens)
+    conditions = [(each, layer) for each in vectors.values()]
+    scores = patched_scores(engine, task, prompts, conditions, placement, max_new_tokens)
+    controls = dict(zip(vectors, scores, strict=True))
+    patched = controls.pop("patched")
     return Evaluation(
         layer if isinstance(layer, int) else layer.numbers,
         zero_shot=zero_shot,
         few_shot=few_shot,
         patched=patched,
-        controls=dict(zip(controls, controlled, strict=True)),
+        controls=controls,
         n_layers=engine.n_layers,
     )
 
@@ -202,7 +203,7 @@ def _judged(task: Task, prompts: Sequence[Prompt], answers: Sequence[Answer]) ->
     return Score(texts, expected, tuple(correct))
 
 
-def conflict(
+def conflict(  # noqa: PLR0913 - its options are keywords
     model: Model,
     task: Task,
     rival: Task,

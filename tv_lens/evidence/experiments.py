@@ -24,7 +24,7 @@ from tv_lens.tasks import Task, fingerprint
 from tv_lens.vectors import TaskVectors
 
 
-def run_experiment(
+def run_experiment(  # noqa: PLR0913 - its options are keywords
     model: Model,
     tasks: Sequence[Task],
     *,
@@ -67,7 +67,8 @@ def run_experiment(
     check_methods(methods)
     check_controls(controls)
     swept = swept_layers(engine, layers, range(engine.n_layers))
-    plans = _plans(engine, tasks, shots, n_dev, n_test, int(seed), template, max_new_tokens)
+    sampling = _Sampling(shots, n_dev, n_test, int(seed), template)
+    plans = _plans(engine, tasks, sampling, max_new_tokens)
     settings = Settings(
         model=engine.name,
         engine=type(engine).__name__,
@@ -108,6 +109,25 @@ def run_experiment(
 
 
 @dataclass(frozen=True)
+class _Sampling:
+    """How prompts are drawn from a task."""
+
+    shots: int
+    n_dev: int
+    n_test: int
+    seed: int
+    template: PromptFormat
+
+    def __post_init__(self) -> None:
+        if min(self.shots, self.n_dev, self.n_test) < 1:
+            raise TvLensError(f"n_dev={self.n_dev}, n_test={self.n_test} and shots={self.shots} are each 1 or more")
+
+    def prompts(self, half: Task, n: int) -> list[Prompt]:
+        """`n` prompts, or as many as the half has inputs."""
+        return half.sample(min(n, len(half)), shots=self.shots, seed=self.seed, template=self.template)
+
+
+@dataclass(frozen=True)
 class TaskPlan:
     """A task with its rule, split into dev and test, and the prompts from each."""
 
@@ -118,41 +138,25 @@ class TaskPlan:
     test_prompts: Sequence[Prompt]
 
     @staticmethod
-    def of(task: Task, shots: int, n_dev: int, n_test: int, seed: int, template: PromptFormat) -> TaskPlan:
-        """Disjoint halves in the proportion of `n_dev` to `n_test`.
+    def of(task: Task, sampling: _Sampling) -> TaskPlan:
+        """Disjoint halves in the proportion of dev to test prompts.
 
         Raises:
             TvLensError: too few inputs.
         """
-        if n_dev < 1 or n_test < 1 or shots < 1:
-            raise TvLensError(f"n_dev={n_dev}, n_test={n_test} and shots={shots} are each 1 or more")
-        dev, test = task.split(n_dev / (n_dev + n_test), seed=seed)
-        return TaskPlan(
-            task,
-            dev,
-            test,
-            dev.sample(min(n_dev, len(dev)), shots=shots, seed=seed, template=template),
-            test.sample(min(n_test, len(test)), shots=shots, seed=seed, template=template),
-        )
+        dev, test = task.split(sampling.n_dev / (sampling.n_dev + sampling.n_test), seed=sampling.seed)
+        dev_prompts, test_prompts = sampling.prompts(dev, sampling.n_dev), sampling.prompts(test, sampling.n_test)
+        return TaskPlan(task, dev, test, dev_prompts, test_prompts)
 
 
-def _plans(
-    engine: Engine,
-    tasks: Sequence[Task],
-    shots: int,
-    n_dev: int,
-    n_test: int,
-    seed: int,
-    template: PromptFormat,
-    max_new_tokens: int,
-) -> list[TaskPlan]:
+def _plans(engine: Engine, tasks: Sequence[Task], sampling: _Sampling, max_new_tokens: int) -> list[TaskPlan]:
     names = [task.name for task in tasks]
     if not tasks or len(set(names)) < len(names):
         raise TvLensError(f"tasks are {names}; give at least one, each with a different name")
     # Before a task is split, so that both halves have the rule.
     if max_new_tokens == 1:
-        tasks = [replace(task, accepts=first_token(engine, template, task)) for task in tasks]
-    return [TaskPlan.of(task, shots, n_dev, n_test, seed, template) for task in tasks]
+        tasks = [replace(task, accepts=first_token(engine, sampling.template, task)) for task in tasks]
+    return [TaskPlan.of(task, sampling) for task in tasks]
 
 
 def _weights(engine: Engine, plans: Sequence[TaskPlan], folder: str | Path | None) -> str | None:
@@ -206,9 +210,10 @@ class _Run:
             other=None if other is None else self._vector_of(other, method),
         )
         controls = control_vectors(self.controls, treatment)
-        check_evaluation(self.engine, plan.test, plan.test_prompts, [vector, *controls.values()], sweep.best, n_tokens)
+        compared = {"patched": vector, **controls}
+        check_evaluation(self.engine, plan.test, plan.test_prompts, list(compared.values()), sweep.best, n_tokens)
         evaluation = evaluate_with(
-            self.engine, plan.test, plan.test_prompts, vector, sweep.best, controls, Placement(), n_tokens
+            self.engine, plan.test, plan.test_prompts, compared, sweep.best, Placement(), n_tokens
         )
         return TaskResult(
             task=plan.task.name,

@@ -19,16 +19,18 @@ from tv_lens.provenance import Option
 from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors
 
+# Every method by its name, so that the one that made some vectors can be used again.
+_METHODS: dict[str, type[Method]] = {}
+
 
 class Method(ABC):
     """A way to make task vectors. `name` tells it from others in tables and files."""
 
     name: ClassVar[str]
-    _known: ClassVar[dict[str, type[Method]]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        Method._known[cls.name] = cls
+        _METHODS[cls.name] = cls
 
     @abstractmethod
     def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
@@ -48,7 +50,7 @@ class Method(ABC):
 def method_of(vectors: TaskVectors) -> Method | None:
     """The method that made the vectors, by their provenance; None if they are a sum or were made by hand."""
     name = vectors.method.removeprefix("mean of ")
-    kind = Method._known.get(name)
+    kind = _METHODS.get(name)
     if kind is None or len(vectors.terms) > 1 or not dataclasses.is_dataclass(kind):
         return None
     known = {field.name for field in dataclasses.fields(kind)}
