@@ -107,6 +107,39 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "rwkv": ("RwkvConfig", {"hidden_size": 32, "num_hidden_layers": 3, "context_length": 128}),
 }
+# Models that compute positions from the padded row themselves, beyond some length, and odd windows of attention.
+LENGTH_DEPENDENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "longrope": (
+        "Phi3Config",
+        _SMALL
+        | {"original_max_position_embeddings": 40}
+        | {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [3.0, 4.0, 6.0, 9.0],
+                "original_max_position_embeddings": 40,
+            }
+        },
+    ),
+    "llama4 temperature": (
+        "Llama4TextConfig",
+        _SMALL
+        | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1}
+        | {"attn_temperature_tuning": True, "floor_scale": 16, "attn_scale": 0.5, "attention_chunk_size": 64}
+        | {"no_rope_layers": [1, 0, 1], "use_qk_norm": False},
+    ),
+    "a window of 1": ("MistralConfig", _SMALL | {"sliding_window": 1}),
+    "a window of 2": ("Gemma3TextConfig", _SMALL | {"head_dim": 8, "sliding_window": 2, "sliding_window_pattern": 2}),
+    "chunked attention": (
+        "Llama4TextConfig",
+        _SMALL
+        | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1}
+        | {"attn_temperature_tuning": False, "attention_chunk_size": 6, "no_rope_layers": [1, 0, 1]}
+        | {"use_qk_norm": False},
+    ),
+}
 ARCHITECTURES = ("gpt2", "llama", "gpt_neox", "gpt_neo", "bloom", "mpt", "mistral")
 
 
@@ -140,7 +173,7 @@ def make_tokenizer(bos: bool = True, pad: str | None = "<pad>", side: str = "rig
 
 def make_twins(name: str, tokenizer: Any = None, seed: int = 0, **changes: Any) -> Twins:
     """Twins of a tiny random model."""
-    kind, settings = CONFIGS[name]
+    kind, settings = (CONFIGS | LENGTH_DEPENDENT)[name]
     config = getattr(transformers, kind)(**(_SIZES | settings | changes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -9,12 +9,12 @@ from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
-
-import tv_lens as tv
 from models import ARCHITECTURES, CONFIGS, Twins, ids_of, make_twins
 from oracle_edits import PlainEdit, has_site, hooked_run
 from passes import logits_of, read_texts, tokens_of
+from torch import Tensor
+
+import tv_lens as tv
 from tv_lens.edits import ATTN_OUT, HEADS, MLP_OUT, RESID_POST, SITES, Edit, Edits, Site
 from tv_lens.engines import Replay
 
@@ -335,9 +335,7 @@ def test_a_site_that_a_model_lacks_is_refused() -> None:
         engine.forward(tokens_of(engine, TEXTS), read=[HEADS])
     hybrid = engine_of("qwen3_next")
     with pytest.raises(tv.TvLensError, match=r"layer 0 of tiny-qwen3_next has no attn_out; the layers \[1\] have"):
-        hybrid.forward(
-            tokens_of(hybrid, TEXTS), edits=Edits([Edit(noise(4, 32), torch.arange(4), 0, site=ATTN_OUT)])
-        )
+        hybrid.forward(tokens_of(hybrid, TEXTS), edits=Edits([Edit(noise(4, 32), torch.arange(4), 0, site=ATTN_OUT)]))
     assert MLP_OUT in hybrid.sites
 
 

@@ -62,7 +62,8 @@ def support_of(bridge: TransformerBridge) -> Support:
     config = config_of(bridge)
     # The forward of models that TransformerLens has no cache for (RWKV) accepts a mask and ignores it.
     masks_pads = bool(bridge.adapter.supports_kv_cache)
-    keeps_cache = masks_pads and not bridge.cfg.is_stateful
+    # A cache for a window of one token should hold none, and holds all: its steps are wrong.
+    keeps_cache = masks_pads and not bridge.cfg.is_stateful and config.get("sliding_window") != 1
     # LFM2 says only in `layer_types` that some of its layers are not attention.
     kinds = set(config.get("layer_types") or ())
     n_ctx = _first_number(config, _CONTEXT_NAMES) if config else int(bridge.cfg.n_ctx)

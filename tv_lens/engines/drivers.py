@@ -68,7 +68,8 @@ def tokenizer_unchanged(tokenizer: Any, state: ModelState) -> Iterator[None]:
     state.lock.acquire()
     try:
         if backend is None:
-            yield
+            with _default_device_ignored():
+                yield
             return
         padding, truncation = backend.padding, backend.truncation
 
@@ -83,7 +84,8 @@ def tokenizer_unchanged(tokenizer: Any, state: ModelState) -> Iterator[None]:
                 backend.enable_truncation(**truncation)
 
         try:
-            yield
+            with _default_device_ignored():
+                yield
         finally:
             finish(put_back)
     finally:
@@ -127,7 +129,9 @@ def model_unchanged(bridge: TransformerBridge, points: Sequence[HookPoint], stat
 
 @contextmanager
 def computing(device: torch.device, parameters: Iterable[nn.Parameter], grad: bool) -> Iterator[None]:
-    """A graph only if `grad`, none of it for parameters, and no autocast, whatever the caller has switched on."""
+    """A graph only if `grad`, none of it for parameters, no autocast and no default device, whatever the caller has
+    switched on.
+    """
     was_enabled = torch.is_grad_enabled()
     frozen = [parameter for parameter in parameters if parameter.requires_grad] if grad else []
 
@@ -140,10 +144,20 @@ def computing(device: torch.device, parameters: Iterable[nn.Parameter], grad: bo
         torch.set_grad_enabled(grad)
         for parameter in frozen:
             parameter.requires_grad_(False)
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), _default_device_ignored():
             yield
     finally:
         finish(put_back)
+
+
+@contextmanager
+def _default_device_ignored() -> Iterator[None]:
+    """Libraries create tensors without naming a device, and expect them on the CPU."""
+    if torch.get_default_device().type == "cpu":
+        yield
+        return
+    with torch.device("cpu"):
+        yield
 
 
 # Hooks
