@@ -21,7 +21,7 @@ LETTERS = tv.Task.from_mapping("letters", {letter: letter for letter in "bcdfjkm
 def test_extraction_runs_demonstrations_once(shots: int, k: int) -> None:
     """P prompts of prefix n and k substitutes of tail t: P * (n + k * t) positions."""
     bridge = make_twins("llama").bridge
-    prompts = LETTERS.sample(4, shots=shots, seed=0)
+    prompts = LETTERS.sample(4, shots=shots, seed=0, template=tv.Template())
     substitutes = LETTERS.substitutes(prompts, k, seed=0)
     whole = {
         ids_of(bridge, p.asking(query).text).shape[1] for p, s in zip(prompts, substitutes, strict=True) for query in s
@@ -36,7 +36,7 @@ def test_extraction_runs_demonstrations_once(shots: int, k: int) -> None:
 @pytest.mark.parametrize("layers", [[2], [0, 3], [0, 1, 2, 3]])
 def test_a_sweep_runs_queries_once_and_then_a_token_a_layer(layers: list[int]) -> None:
     bridge = make_twins("llama").bridge
-    prompts = LETTERS.sample(5, shots=2, seed=0)
+    prompts = LETTERS.sample(5, shots=2, seed=0, template=tv.Template())
     vectors = tv.extract(bridge, prompts, LETTERS.substitutes(prompts, 1, seed=0))
     query = ids_of(bridge, "b ->").shape[1]
     run = count_positions(bridge, lambda: tv.sweep_layers(bridge, LETTERS, prompts, vectors, layers, max_new_tokens=1))
@@ -95,7 +95,7 @@ def test_where_a_cache_cannot_be_forked_whole_prompts_are_run(name: str) -> None
 def test_rows_that_have_ended_leave_a_sweep_of_many_tokens() -> None:
     """A vector that makes the model say its separator at once costs no second token."""
     twins = make_twins("gpt2", make_tokenizer())
-    prompts = LETTERS.sample(3, shots=1, seed=0)
+    prompts = LETTERS.sample(3, shots=1, seed=0, template=tv.Template())
     line_end = ids_of(twins.bridge, "\n", prepend_bos=False)[0, -1]
     unembed = twins.bridge.original_model.lm_head.weight.detach()
     pointed = unembed[line_end] - unembed.mean(0)

@@ -145,7 +145,7 @@ def _answer_ids(engine: Engine, prompt: Prompt, ids: Sequence[int], answer: str,
     whole = engine.text.to_ids(prompt.text + text)
     # A tokenizer may merge the end of the prompt with the answer, which no generation would do.
     behind = whole[len(ids) :] if whole[: len(ids)] == list(ids) else engine.text.piece_ids(text)
-    if not behind:
+    if not answer or not behind:
         raise TvLensError(f"prompt {number}: the answer {answer!r} has no tokens")
     return behind
 

@@ -117,7 +117,7 @@ class Template(PromptFormat):
     >>> Template("Q: {input}\nA: {output}", separator="\n\n").ask("hot")
     'Q: hot\nA:'
 
-    The paper's form is `Template("example:{input}->{output}")`.
+    The paper's form, which is the default of prompts, is `PAPER`: `Template("example:{input}->{output}")`.
 
     Raises:
         TvLensError: `{input}` or `{output}` is missing, repeated or in the wrong order, or the separator is empty.
@@ -201,7 +201,7 @@ class Template(PromptFormat):
         return answer.removesuffix(after.strip()).rstrip()
 
 
-# How the paper writes its prompts.
+# How the paper writes its prompts; the default everywhere.
 PAPER = Template("example:{input}->{output}")
 
 
@@ -226,17 +226,17 @@ class Prompt:
 
     >>> prompt = Prompt((Example("hot", "cold"), Example("big", "small")), "tall", answer="short")
     >>> print(prompt.text)
-    hot -> cold
-    big -> small
-    tall ->
+    example:hot->cold
+    example:big->small
+    example:tall->
     >>> prompt.zero_shot().text
-    'tall ->'
+    'example:tall->'
     """
 
     examples: tuple[Example, ...]
     query: str
     answer: str | None = None
-    template: PromptFormat = Template()
+    template: PromptFormat = PAPER
     task: str = ""
 
     def __post_init__(self) -> None:

@@ -26,9 +26,7 @@ _NO_READOUT = (
     "runs where its unembedding cannot be reached; boot the model with TransformerBridge.boot_transformers to see "
     "which tokens its vectors point to"
 )
-_BOOT_TO_PATCH = (
-    "boot it with RemoteBridge.boot_vllm(name, enable_position_interventions=True), or RemoteBridge.boot_inspect(name)"
-)
+_BOOT_TO_PATCH = "boot it with RemoteBridge.boot_vllm(name, enable_position_interventions=True), or boot_inspect(name)"
 _CAPABILITIES = {Capability.PATCH, Capability.ADD, Capability.POSITIONS, Capability.CONTINUE}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tv_lens.errors import TvLensError
-from tv_lens.prompts import Example, Prompt, PromptFormat, Template
+from tv_lens.prompts import PAPER, Example, Prompt, PromptFormat
 from tv_lens.tasks.readers import check_characters, read_pairs, short
 from tv_lens.tasks.rules import Accepts, Rule, starts_with
 
@@ -130,7 +130,7 @@ class Task:
         except TvLensError as error:
             raise TvLensError(f"{path}: {error}") from error
 
-    def sample(self, n: int, *, shots: int, seed: int, template: PromptFormat = Template()) -> list[Prompt]:
+    def sample(self, n: int, *, shots: int, seed: int, template: PromptFormat = PAPER) -> list[Prompt]:
         """`n` prompts with different queries, each after `shots` different demonstrations, none of them the query.
 
         The same seed gives the same prompts in every process, and fewer of them are the first of more.
