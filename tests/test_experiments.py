@@ -85,7 +85,7 @@ def test_scores_follow_the_tasks_rule() -> None:
 def test_wrong_use_of_a_sweep_says_what_to_do(as_users_run_it: None) -> None:
     twins = make_twins("gpt2")
     vectors = TaskVectors(torch.zeros(2, 4, 32), "tiny-gpt2", "t")
-    prompts = TASK.sample(2, shots=1, seed=0)
+    prompts = TASK.sample(2, shots=1, seed=0, template=Template())
     for layers, message in (([], "at least one"), ([1, 1], "different ones"), ([0, 4], "layer 4 is not one of")):
         with pytest.raises(ValueError, match=message):
             tv.sweep_layers(twins.bridge, TASK, prompts, vectors, layers)
@@ -94,7 +94,9 @@ def test_wrong_use_of_a_sweep_says_what_to_do(as_users_run_it: None) -> None:
             tv.sweep_layers(twins.bridge, TASK, prompts, vectors, wrong)  # type: ignore[arg-type]
     twins.bridge.original_model.register_forward_pre_hook(refuse)
     with pytest.raises(ValueError, match="prompt 1 has .* with 125 more to come, and the context of tiny-gpt2 is 128"):
-        tv.sweep_layers(twins.bridge, TASK, [prompts[0], Prompt((), "a b c", "A")], vectors, max_new_tokens=126)
+        tv.sweep_layers(
+            twins.bridge, TASK, [prompts[0], Prompt((), "a b c", "A", Template())], vectors, max_new_tokens=126
+        )
     with pytest.raises(ValueError, match="2 vectors for 3 prompts"):
         tv.sweep_layers(twins.bridge, TASK, TASK.sample(3, shots=1, seed=0), vectors)
     with pytest.raises(ValueError, match="at least one Prompt"):
