@@ -21,8 +21,8 @@ def main(name: str = "present_to_past", rival_name: str = "present_to_gerund") -
     vector = tv.extract(model, prompts, dev.substitutes(prompts, 2, seed=0)).mean()
     layer = tv.sweep_layers(model, dev, prompts, vector).best
 
-    kept = set(test.inputs)
-    asked = [prompt for prompt in task.sample(len(task), shots=5, seed=0, template=tv.PAPER) if prompt.query in kept]
+    sampled = task.sample(len(task), shots=5, seed=0, template=tv.PAPER)
+    asked = [prompt for prompt in sampled if prompt.query in test.inputs]
     clash = tv.conflict(model, task, rival, asked[:30], vector, layer)
     print(f"demonstrations of {name}, vector of {rival_name} at layer {layer}\n")
     print(clash.to_pandas().round(2).to_string(index=False), "\n")

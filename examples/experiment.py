@@ -1,4 +1,4 @@
-"""The paper's main experiment on some of the library's tasks, kept in a folder: stop it, and it goes on from there.
+"""The paper's main experiment on some of the library's tasks, kept in a folder: an interrupted run resumes.
 
 python examples/experiment.py [folder] [task ...]
 """

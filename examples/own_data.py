@@ -1,4 +1,4 @@
-"""A task of your own, from a file of pairs: does it have a task vector, and at which layer?
+"""Your own task, from a file of pairs: does it have a task vector, and at which layer?
 
 python examples/own_data.py [pairs.csv or pairs.json] [a model's name or folder]
 """
@@ -14,7 +14,7 @@ import tv_lens as tv
 
 def main(path: str = str(Path(__file__).with_name("comparatives.csv")), name: str | None = None) -> None:
     torch.set_num_threads(2)
-    task = tv.Task.from_file(path, accepts=tv.starts_with)  # or a rule of your own: (prediction, answer) -> bool
+    task = tv.Task.from_file(path, accepts=tv.starts_with)  # or your own rule: (prediction, answer) -> bool
     print(f"{task}, such as {task.inputs[0]} -> {task.answer(task.inputs[0])}")
     model = tv.demo_model() if name is None else TransformerBridge.boot_transformers(name)
 
@@ -27,10 +27,10 @@ def main(path: str = str(Path(__file__).with_name("comparatives.csv")), name: st
     sweep = tv.sweep_layers(model, dev, dev_prompts, vector)
     print(f"best layer on dev: {sweep.best}, {sweep.at(sweep.best)}; tied: {list(sweep.ties)}\n")
 
-    found = tv.evaluate(model, test, test_prompts, vector, sweep.best)
-    print(found.to_pandas().round(3).to_string(index=False), "\n")
+    result = tv.evaluate(model, test, test_prompts, vector, sweep.best)
+    print(result.to_pandas().round(3).to_string(index=False), "\n")
     print("zero-shot and patched answers:")
-    answers = zip(test_prompts, found.zero_shot.texts, found.patched.texts, strict=True)
+    answers = zip(test_prompts, result.zero_shot.texts, result.patched.texts, strict=True)
     for prompt, without, patched in list(answers)[:6]:
         print(f"{prompt.query:>10} -> {without[:24]!r:28} {patched[:24]!r:28} expected {prompt.answer}")
 

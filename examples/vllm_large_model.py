@@ -29,7 +29,7 @@ def main(name: str, tensor_parallel: str = "4", pipeline_parallel: str = "1", to
     prompts = dev.sample(min(20, len(dev)), shots=5, seed=0, template=tv.PAPER)
     with RemoteBridge.boot_vllm(name, **boot) as model:
         vector = tv.extract(model, prompts, dev.substitutes(prompts, 2, seed=0)).mean()
-        # Every patched row is a run of its own: sweep every fourth layer and the first token, then look closer.
+        # Every patched row is a separate run: sweep every fourth layer and the first token, then look closer.
         coarse = tv.sweep_layers(model, dev, prompts, vector, range(0, vector.n_layers, 4), max_new_tokens=1)
         near = [layer for layer in range(coarse.best - 3, coarse.best + 4) if 0 <= layer < vector.n_layers]
         best = tv.sweep_layers(model, dev, prompts, vector, near, max_new_tokens=1).best

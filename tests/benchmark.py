@@ -1,13 +1,12 @@
-"""How fast is it? tv_lens beside the loop that one would write in a notebook, and beside the floor. Run it by hand:
+"""How fast is tv_lens, compared with a notebook loop and with the floor? Run it by hand:
 
 python tests/benchmark.py [--model NAME] [--prompts 20] [--shots 5] [--substitutes 4] [--runs 3] [--no-growth]
 
-The *loop* runs whole prompts, left padded with a mask: `run_with_cache` of everything to read, `run_with_hooks` once
-a layer to sweep, the whole text again for each new token. The *floor* is plain Hugging Face on no more token positions
-than the work needs, with the last position's logits only. All three take turns in one process and must agree:
-reads to 1e-4 of their size, answers letter by letter. Seconds are medians (of how it grows, the quicker of two runs);
-memory is the most that tensors took at one time beyond what was there before, in a run of its own. Times are this
-machine's, only ratios mean anything.
+The *loop* runs whole prompts, left padded with a mask: `run_with_cache` to read everything, `run_with_hooks` once per
+layer to sweep, and the whole text again for each new token. The *floor* is plain Hugging Face on only the positions that
+the work needs, with only the last position's logits. All three take turns in one process and must agree: reads to
+1e-4 of their size, answers exactly. Seconds are medians (in the growth table the faster of two runs). Memory is the
+peak of tensors beyond what was allocated before, in a separate run. Times depend on the machine; only ratios matter.
 """
 
 from __future__ import annotations
@@ -78,20 +77,20 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def loop_extract(bench: Bench, groups: Sequence[Sequence[str]], at_once: int = 8) -> Tensor:
     rows = bench.rows([text for group in groups for text in group])
-    found = []
+    actual = []
     for first in range(0, len(rows), at_once):
         ids, mask = padded(rows[first : first + at_once])
         _, cache = bench.bridge.run_with_cache(ids, attention_mask=mask)
         names = [f"blocks.{layer}.hook_resid_post" for layer in range(bench.bridge.cfg.n_layers)]
-        found.append(torch.stack([cache[name][:, -1] for name in names], dim=1))
-    return reduce(torch.cat(found), "(p k) layer d_model -> p layer d_model", "mean", k=len(groups[0]))
+        actual.append(torch.stack([cache[name][:, -1] for name in names], dim=1))
+    return reduce(torch.cat(actual), "(p k) layer d_model -> p layer d_model", "mean", k=len(groups[0]))
 
 
 @torch.no_grad()
 def loop_answers(
     bench: Bench, texts: Sequence[str], new: int, layer: int | None = None, vectors: Tensor | None = None
 ) -> list[str]:
-    """Greedy, with the whole text again for each token and the write at the same place."""
+    """Greedy, with the whole text again for each token and the write at the same position."""
     ids, mask = padded(bench.rows(texts))
     at = ids.shape[1] - 1
 
@@ -123,7 +122,7 @@ def loop_sweep(bench: Bench, vector: Tensor, new: int = 1, queries: Sequence[str
 
 @torch.no_grad()
 def floor_extract(bench: Bench) -> None:
-    """Up to where each prompt's rows part, once; then the rest of every row."""
+    """Each prompt's shared prefix once; then the rest of every row."""
     groups = [bench.rows(group) for group in bench.asked]
     prefixes, tails = [], []
     for group in groups:
@@ -188,8 +187,8 @@ def extraction(bench: Bench) -> list[Way]:
 
 def sweep(bench: Bench, vectors: tv.TaskVectors) -> list[Way]:
     def ours() -> list[list[str]]:
-        found = tv.sweep_layers(bench.engine, bench.task, bench.prompts, vectors, bench.layers, max_new_tokens=1)
-        return [list(score.texts) for score in found.scores]
+        actual = tv.sweep_layers(bench.engine, bench.task, bench.prompts, vectors, bench.layers, max_new_tokens=1)
+        return [list(score.texts) for score in actual.scores]
 
     return [
         Way("tv_lens", ours),
@@ -213,9 +212,9 @@ def experiment(bench: Bench, n: int, shots: int) -> list[Way]:
     """One task, whole: extraction, shuffled extraction, sweep, zero-shot, few-shot, patched and two controls."""
 
     def ours() -> list[list[str]]:
-        [found] = tv.run_experiment(bench.engine, [bench.task], shots=shots, n_dev=n, n_test=n).results
-        test = found.evaluation
-        return [list(score.texts) for score in (*found.sweep.scores, test.zero_shot, test.few_shot, test.patched)]
+        [actual] = tv.run_experiment(bench.engine, [bench.task], shots=shots, n_dev=n, n_test=n).results
+        test = actual.evaluation
+        return [list(score.texts) for score in (*actual.sweep.scores, test.zero_shot, test.few_shot, test.patched)]
 
     def loop() -> list[list[str]]:
         dev, test = bench.task.split(0.5, seed=0)
@@ -274,7 +273,7 @@ def check_same(ours: Any, loop: Any) -> None:
 
 
 def positions(bench: Bench, run: Callable[[], Any]) -> int:
-    """How many token positions, pads among them, went through the first block of either model."""
+    """How many token positions, including pads, went through the first block of either model."""
     count = 0
 
     def hook(module: Any, args: Any, kwargs: Any) -> None:
@@ -313,7 +312,7 @@ def peak_memory(run: Callable[[], Any]) -> float:
 
 
 def quickest(run: Callable[[], Any], of: int = 2) -> float:
-    """Seconds; something else on the machine can only make a run slower."""
+    """Seconds; other processes can only make a run slower."""
     seconds = []
     for _ in range(of):
         begun = time.perf_counter()

@@ -37,7 +37,7 @@ def gpt2() -> Twins:
 
 @pytest.fixture
 def as_users_run_it() -> Iterator[None]:
-    """Without the run-time type check, which would refuse a wrong type before our own message can."""
+    """Turn the run-time type check off, so that a wrong type gets our own error message."""
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
@@ -45,7 +45,7 @@ def as_users_run_it() -> Iterator[None]:
 
 @functools.cache
 def demo_or_reason() -> TransformerBridge | str:
-    """The demo model, or why it is not to be had here."""
+    """The demo model; skip, with the reason, if it is not available."""
     try:
         return tv.demo_model()
     except tv.DemoModelError as error:
@@ -56,8 +56,8 @@ def demo_or_reason() -> TransformerBridge | str:
 
 @pytest.fixture(scope="session")
 def demo() -> TransformerBridge:
-    found = demo_or_reason()
-    return pytest.skip(found) if isinstance(found, str) else found
+    actual = demo_or_reason()
+    return pytest.skip(actual) if isinstance(actual, str) else actual
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

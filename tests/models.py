@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, each beside an untouched twin that plain Hugging Face runs."""
+"""Tiny random models of many architectures, each with an identical twin that plain Hugging Face runs."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Twins(NamedTuple):
 
 
 def make_tokenizer(bos: bool = True, pad: str | None = "<pad>", side: str = "right") -> Any:
-    """A byte-level BPE tokenizer; with a BOS of its own or none, `pad` a token of its own, the EOS, or None."""
+    """A byte-level BPE tokenizer, with or without a BOS; `pad` is the padding token (None: no padding token)."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -178,7 +178,7 @@ def make_twins(name: str, tokenizer: Any = None, seed: int = 0, **changes: Any) 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
-        for parameter in model.parameters():  # or everything would be within 1e-4 of everything
+        for parameter in model.parameters():  # at the usual scale all outputs would be within 1e-4 of each other
             parameter.data.add_(torch.randn_like(parameter) * 0.15)
     model.config.architectures = [type(model).__name__]
     plain = copy.deepcopy(model)

@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 
 def plain_run(twins: Twins, ids: Tensor, write: tuple[int, int, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """The oracle: one unpadded text through plain Hugging Face. Gives the output of every block at the last
+    """The oracle: one unpadded text through plain Hugging Face. Returns the output of every block at the last
     position (layer d_model) and the logits there; `write` = (layer, position, vector) overwrites one.
     """
     seen: dict[int, Tensor] = {}
@@ -50,8 +50,8 @@ def plain_generate(twins: Twins, ids: Tensor, new: int, write: tuple[int, int, T
 
 def until_end(ids: Tensor) -> list[int]:
     """The ids up to the end of text."""
-    found = ids.tolist()
-    return found[: found.index(1) + 1] if 1 in found else found
+    actual = ids.tolist()
+    return actual[: actual.index(1) + 1] if 1 in actual else actual
 
 
 def refuse(*args: Any, **options: Any) -> None:
@@ -60,7 +60,7 @@ def refuse(*args: Any, **options: Any) -> None:
 
 
 def count_positions(bridge: TransformerBridge, run: Callable[[], Any]) -> int:
-    """How many positions, pads among them, went through the first block."""
+    """How many positions, including pads, went through the first block."""
     count = 0
 
     def hook(module: Any, args: Any, kwargs: Any) -> None:

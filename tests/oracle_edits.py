@@ -32,7 +32,7 @@ def child(module: nn.Module, names: Sequence[str]) -> nn.Module | None:
 
 
 def output_projection(block: nn.Module) -> nn.Module | None:
-    """The projection behind the heads."""
+    """The output projection of the attention heads."""
     attention = child(block, _ATTENTION)
     if attention is None:
         return None

@@ -23,27 +23,27 @@ def tokens_of(engine: Engine, texts: Sequence[str]) -> Tokens:
 
 def read_groups(engine: Engine, groups: Sequence[Sequence[str]], site: Site = RESID_POST) -> Tensor:
     """The site at the last token of every text: row layer width."""
-    found: dict[int, Tensor] = {}
+    actual: dict[int, Tensor] = {}
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
         made = engine.forward(tokens, read=[site], past=past, logits=False, keep_past=False)
-        found.update(zip(rows, made.reads[site], strict=True))
+        actual.update(zip(rows, made.reads[site], strict=True))
 
     map_rows(engine, [engine.text.encode(group) for group in groups], work)
-    return torch.stack([found[row] for row in range(len(found))])
+    return torch.stack([actual[row] for row in range(len(actual))])
 
 
 def logits_of_groups(engine: Engine, groups: Sequence[Sequence[str]], edits: Edits = Edits()) -> Tensor:
-    """Next-token logits behind every text, with the edits made: row d_vocab."""
-    found: dict[int, Tensor] = {}
+    """Next-token logits after every text, with the edits made: row d_vocab."""
+    actual: dict[int, Tensor] = {}
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
         made = engine.forward(tokens, edits=edits, past=past, keep_past=False)
         assert made.logits is not None
-        found.update(zip(rows, made.logits.cpu(), strict=True))
+        actual.update(zip(rows, made.logits.cpu(), strict=True))
 
     map_rows(engine, [engine.text.encode(group) for group in groups], work, edits=edits)
-    return torch.stack([found[row] for row in range(len(found))])
+    return torch.stack([actual[row] for row in range(len(actual))])
 
 
 def read_texts(engine: Engine, texts: Sequence[str], site: Site = RESID_POST) -> Tensor:

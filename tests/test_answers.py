@@ -37,16 +37,16 @@ def plain_logprob(twins: Twins, text: str, answer: str, edit: tuple[int, Tensor]
     edits = [] if edit is None else [PlainEdit("resid_post", edit[0], start - 1, edit[1])]
     _, logits = hooked_run(twins, ids, edits)
     logprobs = logits.log_softmax(dim=-1)
-    return sum(float(logprobs[place - 1, ids[0, place]]) for place in range(start, ids.shape[1]))
+    return sum(float(logprobs[position - 1, ids[0, position]]) for position in range(start, ids.shape[1]))
 
 
 # log P(answer)
 
 
 def test_answer_logprobs_are_those_of_one_plain_pass(twins: Twins) -> None:
-    found = tv.answer_logprobs(twins.bridge, PROMPTS)
+    actual = tv.answer_logprobs(twins.bridge, PROMPTS)
     expected = [plain_logprob(twins, prompt.text, " " + str(prompt.answer)) for prompt in PROMPTS]
-    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-4, rtol=1e-4)
     given = tv.answer_logprobs(twins.bridge, PROMPTS, ["x", "cold cold", "a b c", "hot"])
     expected = [
         plain_logprob(twins, prompt.text, " " + answer)
@@ -57,10 +57,10 @@ def test_answer_logprobs_are_those_of_one_plain_pass(twins: Twins) -> None:
 
 def test_patched_answer_logprobs_are_those_of_plain_hooks(twins: Twins) -> None:
     vectors = vectors_for(twins)
-    found = tv.answer_logprobs(twins.bridge, PROMPTS, vectors=vectors, layer=2)
+    actual = tv.answer_logprobs(twins.bridge, PROMPTS, vectors=vectors, layer=2)
     kept = tv.answer_logprobs(twins.bridge, PROMPTS, vectors=vectors, layer=2, keep_demonstrations=True)
     for i, prompt in enumerate(PROMPTS):
-        for result, text in ((found, prompt.zero_shot().text), (kept, prompt.text)):
+        for result, text in ((actual, prompt.zero_shot().text), (kept, prompt.text)):
             wanted = plain_logprob(twins, text, " " + str(prompt.answer), (2, vectors.values[i, 2]))
             assert result[i].item() == pytest.approx(wanted, abs=1e-3)
 
@@ -77,29 +77,29 @@ def test_answer_logprobs_do_not_depend_on_the_batch(twins: Twins, batch_size: in
 
 def test_answer_logprobs_without_a_cache() -> None:
     twins = make_twins("mamba")
-    found = tv.answer_logprobs(twins.bridge, PROMPTS)
+    actual = tv.answer_logprobs(twins.bridge, PROMPTS)
     expected = [plain_logprob(twins, prompt.text, " " + str(prompt.answer)) for prompt in PROMPTS]
-    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-4, rtol=1e-4)
 
 
-def test_an_answer_behind_a_plain_string_is_taken_literally(gpt2: Twins) -> None:
-    found = tv.answer_logprobs(gpt2.bridge, ["hot -> cold\nbig ->", "a"], [" small", "b c"])
+def test_an_answer_after_a_plain_string_is_taken_literally(gpt2: Twins) -> None:
+    actual = tv.answer_logprobs(gpt2.bridge, ["hot -> cold\nbig ->", "a"], [" small", "b c"])
     expected = [plain_logprob(gpt2, "hot -> cold\nbig ->", " small"), plain_logprob(gpt2, "a", "b c")]
-    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_an_answer_that_merges_with_its_prompt_keeps_the_prompts_tokens(gpt2: Twins) -> None:
-    """ "the qui" and "ck" are other tokens together; generation would have to produce "ck" behind "the qui"."""
+    """Written together, "the qui" and "ck" get other tokens; but generation has to produce "ck" after "the qui"."""
     tokenizer = gpt2.bridge.tokenizer
     together, apart = tokenizer.tokenize("the quick"), tokenizer.tokenize("the qui")
     assert together[: len(apart)] != apart
-    found = tv.answer_logprobs(gpt2.bridge, ["the qui"], ["ck"])
+    actual = tv.answer_logprobs(gpt2.bridge, ["the qui"], ["ck"])
     ids = ids_of(gpt2.bridge, "the qui")
     total = 0.0
     for token in tokenizer("ck", add_special_tokens=False)["input_ids"]:
         total += float(plain_run(gpt2, ids)[1].log_softmax(-1)[token])
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-    assert found[0].item() == pytest.approx(total, abs=1e-4)
+    assert actual[0].item() == pytest.approx(total, abs=1e-4)
 
 
 def test_wrong_use_of_logprobs_says_what_to_do(as_users_run_it: None) -> None:
@@ -129,30 +129,30 @@ def test_wrong_use_of_logprobs_says_what_to_do(as_users_run_it: None) -> None:
 
 def test_divergence_is_the_kl_of_plain_distributions(twins: Twins) -> None:
     vectors = vectors_for(twins)
-    found = tv.divergence(twins.bridge, PROMPTS, vectors, 1)
+    actual = tv.divergence(twins.bridge, PROMPTS, vectors, 1)
     for i, prompt in enumerate(PROMPTS):
         few_shot = plain_run(twins, ids_of(twins.bridge, prompt.text))[1].double().softmax(-1)
         ids = ids_of(twins.bridge, prompt.zero_shot().text)
         patched = plain_run(twins, ids, (1, ids.shape[1] - 1, vectors.values[i, 1]))[1].double().softmax(-1)
         expected = float((few_shot * (few_shot / patched).log()).sum())
-        assert found[i].item() == pytest.approx(expected, abs=1e-3)
+        assert actual[i].item() == pytest.approx(expected, abs=1e-3)
         assert expected > 0.01
 
 
-def test_what_was_read_last_diverges_from_nothing(twins: Twins) -> None:
+def test_writing_back_the_last_layer_gives_no_divergence(twins: Twins) -> None:
     """The last layer's own state, written into the few-shot prompt itself."""
     own = [[prompt.query] for prompt in PROMPTS]
     asked = [replace(prompt, query="x") for prompt in PROMPTS]
     vectors = tv.extract(twins.bridge, asked, own)
-    found = tv.divergence(twins.bridge, PROMPTS, vectors, 3, keep_demonstrations=True)
-    torch.testing.assert_close(found, torch.zeros(4), atol=1e-5, rtol=0)
+    actual = tv.divergence(twins.bridge, PROMPTS, vectors, 3, keep_demonstrations=True)
+    torch.testing.assert_close(actual, torch.zeros(4), atol=1e-5, rtol=0)
 
 
 # The first token
 
 
 def spaced_digits() -> Any:
-    """A tokenizer like SmolLM2's and Llama 2's: behind "-> " a digit is two tokens, a bare space and the digit."""
+    """A tokenizer like SmolLM2's and Llama 2's: after "-> " a digit is two tokens, a bare space and the digit."""
     tokenizer = make_tokenizer()
     inner = tokenizer.backend_tokenizer
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -194,12 +194,12 @@ def test_an_experiment_scores_digits_by_the_token_that_tells_them_apart() -> Non
         return output
 
     bridge.original_model.register_forward_hook(say, with_kwargs=True)
-    found = tv.run_experiment(
+    actual = tv.run_experiment(
         bridge, [NUMBERS], shots=1, n_dev=4, n_test=4, max_new_tokens=1, template=ARROW, layers=[0]
     )
-    [result] = found.results
-    assert found.settings["rules"] == {"numbers": "first_token (of 2)"}
-    assert (found.settings["scoring"], found.settings["max_new_tokens"]) == ("first token", 1)
+    [result] = actual.results
+    assert actual.settings["rules"] == {"numbers": "first_token (of 2)"}
+    assert (actual.settings["scoring"], actual.settings["max_new_tokens"]) == ("first token", 1)
     for score in (result.evaluation.few_shot, result.evaluation.zero_shot, result.evaluation.patched):
         assert score.texts == ("3",) * 4
         assert score.correct == tuple(answer == "3" for answer in score.answers)
@@ -208,7 +208,7 @@ def test_an_experiment_scores_digits_by_the_token_that_tells_them_apart() -> Non
 
 
 def test_a_first_token_that_most_answers_share_is_passed_over() -> None:
-    """By hand: of the pieces before the cut, most are alike; of those behind it, none."""
+    """By hand: the first pieces of most answers are equal; the second pieces all differ."""
     bridge = make_twins("llama").bridge
     tight = Template("{input}->{output}")
     alike = Task.from_mapping("alike", {"a": "zebra", "b": "zoo", "c": "zip", "d": "hot"})
@@ -217,7 +217,7 @@ def test_a_first_token_that_most_answers_share_is_passed_over() -> None:
     assert tv.first_token(bridge, tight, alike).tokens == 2
     assert tv.first_token(bridge, tight, differing).tokens == 1
     same = Task.from_mapping("same", {"a": "zebra", "b": "zebra", "c": "zebra"})
-    assert tv.first_token(bridge, tight, same).tokens == 1  # one answer, nothing to tell apart
+    assert tv.first_token(bridge, tight, same).tokens == 1  # one answer: nothing to distinguish
 
 
 def test_ids_decide_where_text_cannot() -> None:

@@ -94,10 +94,10 @@ def test_patch(name: str) -> None:
     """A patched row is a plain forward hook that overwrites."""
     twins, layers = twins_of(name), [2, 0, 1]
     vectors = vectors_for(twins)
-    found = tv.patched_logits(twins.bridge, PROMPTS, vectors, layers)
+    actual = tv.patched_logits(twins.bridge, PROMPTS, vectors, layers)
     for i, (ids, write) in enumerate(writes(twins, vectors, layers)):
-        torch.testing.assert_close(found[i], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
-        assert (found[i] - plain_run(twins, ids)[1]).abs().max() > 0.05  # the patch did something
+        torch.testing.assert_close(actual[i], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
+        assert (actual[i] - plain_run(twins, ids)[1]).abs().max() > 0.05  # the patch did something
 
 
 @law
@@ -117,9 +117,9 @@ def test_tokens(name: str) -> None:
     vectors, engine = vectors_for(twins), tv.LocalEngine(twins.bridge)
     past = engine.forward(tokens_of(engine, [PROMPTS[0].text])).past
     assert isinstance(past, Replay) == (name in WHOLE_ROWS)
-    found = tv.patch_generate(engine, PROMPTS, vectors, 1, max_new_tokens=3).tokens
+    actual = tv.patch_generate(engine, PROMPTS, vectors, 1, max_new_tokens=3).tokens
     for i, (ids, write) in enumerate(writes(twins, vectors, [1] * 3)):
-        assert until_end(found[i]) == until_end(torch.tensor(plain_generate(twins, ids, 3, write)))
+        assert until_end(actual[i]) == until_end(torch.tensor(plain_generate(twins, ids, 3, write)))
 
 
 @law

@@ -1,4 +1,4 @@
-"""The command line, in this process on a tiny model in a folder, and as a process of its own where that matters."""
+"""The command line, in this process, on a tiny model in a folder; in a new process if that matters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Tiny(NamedTuple):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """A random model, saved as Hugging Face saves one, and pairs of one's own."""
+    """A random model, saved as Hugging Face saves one, and a file of pairs."""
     folder, twins = tmp_path_factory.mktemp("tiny"), make_twins("llama")
     twins.plain.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -67,13 +67,13 @@ def test_tasks_lists_the_library(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_run_is_run_experiment(capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path) -> None:
     saved = str(tmp_path / "out.json")
-    found = as_json(capsys, "run", "to_upper", pairs, "--model", tiny.folder, *SMALL, "--seed", "3", "--save", saved)
+    actual = as_json(capsys, "run", "to_upper", pairs, "--model", tiny.folder, *SMALL, "--seed", "3", "--save", saved)
     tasks = [tv.library()["to_upper"], tv.Task.from_file(pairs, accepts=tv.starts_with)]
     expected = tv.run_experiment(tiny.twins.bridge, tasks, shots=2, n_dev=4, n_test=4, max_new_tokens=2, seed=3)
     table = expected.to_pandas()
-    assert [row["accuracy"] for row in found["results"]] == table["accuracy"].tolist()
-    assert [row["condition"] for row in found["results"]] == table["condition"].tolist()
-    assert found["settings"]["seed"] == 3
+    assert [row["accuracy"] for row in actual["results"]] == table["accuracy"].tolist()
+    assert [row["condition"] for row in actual["results"]] == table["condition"].tolist()
+    assert actual["settings"]["seed"] == 3
     assert tv.Experiment.load(saved).results == expected.results
 
 
@@ -97,8 +97,8 @@ def test_extract_sweep_and_generate_go_through_a_file(
 ) -> None:
     file = str(tmp_path / "v.safetensors")
     drawn = ["--prompts", "5", "--shots", "2", "--seed", "4", "--model", tiny.folder, "--quiet"]
-    told = as_json(capsys, "extract", pairs, "--to", file, *drawn, "--template", "{input} = {output}")
-    assert (told["prompts"], told["layers"], told["d_model"]) == (5, 4, 32)
+    summary = as_json(capsys, "extract", pairs, "--to", file, *drawn, "--template", "{input} = {output}")
+    assert (summary["prompts"], summary["layers"], summary["d_model"]) == (5, 4, 32)
 
     task = tv.Task.from_file(pairs, accepts=tv.starts_with)
     prompts = task.sample(5, shots=2, seed=4, template=tv.Template("{input} = {output}"))
@@ -156,8 +156,8 @@ def test_a_mistake_is_one_line_and_an_exit_code(
         (["generate", "x", "--vectors", file, "--layer", "2", *model], 1, "not a safetensors file"),
         (["generate", "x", "--vectors", "none", "--layer", "2", *model], 1, "no such file"),
     ):
-        found, out, err = call(capsys, *args)
-        assert (found, out) == (code, ""), (args, err)
+        actual, out, err = call(capsys, *args)
+        assert (actual, out) == (code, ""), (args, err)
         assert message in err
         ours = [line for line in err.splitlines() if line.startswith("tv-lens: ")]
         assert len(ours) == 1
@@ -166,13 +166,54 @@ def test_a_mistake_is_one_line_and_an_exit_code(
         assert call(capsys, *args)[0] == 2
 
 
-def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_the_package_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise AttributeError("ours")
 
     monkeypatch.setattr(tv, "library", fail, raising=False)
     with pytest.raises(AttributeError):
         main(["tasks"])
+
+
+def test_a_value_error_of_another_library_is_not_hidden_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ValueError("of some library")
+
+    monkeypatch.setattr(tv, "library", fail, raising=False)
+    with pytest.raises(ValueError, match="of some library"):
+        main(["tasks"])
+
+
+def test_models_that_would_change_the_environment_are_refused_before_they_are_booted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TransformerLens runs pip for a multimodal model; an adapter alone gives an obscure error."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("the model was booted")
+
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", refuse)
+    (tmp_path / "vision").mkdir()
+    config = {
+        "model_type": "gemma3",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "vision_config": {"hidden_size": 8},
+    }
+    (tmp_path / "vision" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for folder, message in (
+        (
+            "vision",
+            "is a multimodal model (it has a vision_config), for which TransformerLens would install torchvision",
+        ),
+        ("adapter", "holds a PEFT adapter, not a model; merge it with model.merge_and_unload()"),
+        ("nothing", "cannot load the model"),
+    ):
+        code, out, err = call(capsys, "sweep", "antonyms", "--model", str(tmp_path / folder))
+        assert (code, out) == (1, "")
+        assert message in err
 
 
 def process(*args: str, **options: Any) -> subprocess.Popen[str]:
@@ -184,7 +225,7 @@ def process(*args: str, **options: Any) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A suite in the background of a shell ignores Ctrl-C, and its children would too.
+        # A test run in the background of a shell ignores Ctrl-C, and its children would too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
@@ -200,7 +241,7 @@ def test_help_does_not_wait_for_torch() -> None:
         assert run.stderr.strip() == ("set()" if asked == "--help" else "{'pandas'}")
 
 
-def test_a_killed_run_goes_on_and_other_hashing_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_hash_seeds_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     names = [name for name, task in tv.library().items() if task.category in ("algorithmic", "translation")]
     args = ["run", *names, "--model", tiny.folder, *SMALL, "--json"]
@@ -223,7 +264,7 @@ def test_a_killed_run_goes_on_and_other_hashing_changes_nothing(tiny: Tiny, tmp_
     assert len(list(folder.glob("task-*.json"))) == len(names)
 
 
-def test_an_interrupted_run_ends_with_130_and_goes_on(
+def test_an_interrupted_run_exits_with_130_and_resumes(
     capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"

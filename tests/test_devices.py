@@ -20,19 +20,19 @@ SUBSTITUTES = WORDS.substitutes(PROMPTS, 2, seed=0)
 
 
 def as_plain_hooks(bridge: TransformerBridge, twins: Twins, tolerance: float) -> None:
-    """Reads and patched logits are float32, on the CPU, and as near to plain float32 hooks as the precision allows."""
+    """Reads and patched logits are float32, on the CPU, and as close to plain float32 hooks as the precision allows."""
     vectors = tv.extract(bridge, PROMPTS, SUBSTITUTES)
     layers = [0, 1, 2, 3]
-    found = tv.patched_logits(bridge, PROMPTS, vectors, layers)
-    for tensor in (vectors.values, found):
+    actual = tv.patched_logits(bridge, PROMPTS, vectors, layers)
+    for tensor in (vectors.values, actual):
         assert (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
     for i, (prompt, queries) in enumerate(zip(PROMPTS, SUBSTITUTES, strict=True)):
         own = [plain_run(twins, ids_of(bridge, prompt.asking(query).text))[0] for query in queries]
         torch.testing.assert_close(vectors.values[i], torch.stack(own).mean(0), atol=tolerance, rtol=tolerance)
         ids = ids_of(bridge, prompt.zero_shot().text)
         plain = plain_run(twins, ids, (layers[i], ids.shape[1] - 1, vectors.values[i, layers[i]]))[1]
-        torch.testing.assert_close(found[i], plain, atol=tolerance, rtol=tolerance)
-        assert (found[i] - plain_run(twins, ids)[1]).abs().max() > 2 * tolerance  # the patch did more than rounding
+        torch.testing.assert_close(actual[i], plain, atol=tolerance, rtol=tolerance)
+        assert (actual[i] - plain_run(twins, ids)[1]).abs().max() > 2 * tolerance  # the patch did more than rounding
 
 
 # Bounds from the formats: 11 and 8 bits of fraction, over some ten roundings a layer in four layers.
@@ -69,7 +69,7 @@ def test_a_layer_in_another_precision_gets_its_vector_in_its_own() -> None:
 
 @pytest.fixture(scope="module", params=["cpu", "disk"])
 def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TransformerBridge, Twins]:
-    """A model that accelerate has taken apart: two of its layers are kept on the disk, or held back on the CPU, and
+    """A model that accelerate has split: two of its layers are kept on the disk or on the CPU, and
     come in for their turn only.
     """
     accelerate = pytest.importorskip("accelerate")
@@ -97,13 +97,13 @@ def test_a_split_model_generates_and_sweeps(split: tuple[TransformerBridge, Twin
     bridge, twins = split
     values = torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(3)) * 3
     vectors = tv.TaskVectors(values, "tiny-llama", "t")
-    found = tv.patch_generate(bridge, PROMPTS, vectors, 2, max_new_tokens=3).tokens
+    actual = tv.patch_generate(bridge, PROMPTS, vectors, 2, max_new_tokens=3).tokens
     swept = tv.sweep_layers(bridge, WORDS, PROMPTS, vectors, max_new_tokens=2)
     for i, prompt in enumerate(PROMPTS):
         ids = ids_of(bridge, prompt.zero_shot().text)
         last = ids.shape[1] - 1
         chosen = plain_generate(twins, ids, 3, (2, last, vectors.values[i, 2]))
-        assert until_end(found[i]) == until_end(torch.tensor(chosen))
+        assert until_end(actual[i]) == until_end(torch.tensor(chosen))
         for layer in range(4):
             plain = until_end(torch.tensor(plain_generate(twins, ids, 2, (layer, last, vectors.values[i, layer]))))
             assert swept.at(layer).texts[i] == NEVER.cut(bridge.tokenizer.decode(plain, skip_special_tokens=True))

@@ -1,4 +1,4 @@
-"""What the README shows is what runs."""
+"""The README shows what runs."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ def test_the_readme_has_two_commands_of_one_line() -> None:
 
 def test_the_readmes_code_is_the_quickstart() -> None:
     assert textwrap.indent(block("python"), "    ") in QUICKSTART.read_text(encoding="utf-8")
+
+
+def test_the_guide_to_extensions_shows_tested_code() -> None:
+    source = (ROOT / "tests" / "test_extending.py").read_text(encoding="utf-8")
+    tested = dict(re.findall(r"^# --- docs: (\w+)\n(.*?)^# --- docs: end$", source, re.M | re.S))
+    guide = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^```python (\w+)\n(.*?)^```$", guide, re.M | re.S))
+    assert {name: code.strip() for name, code in shown.items()} == {name: code.strip() for name, code in tested.items()}
+    [imports] = re.findall(r"^```python\n(.*?)^```$", guide, re.M | re.S)
+    subprocess.run([sys.executable, "-c", "\n".join([imports, *shown.values()])], check=True)
 
 
 def test_the_quickstart_prints_what_the_readme_shows(demo: TransformerBridge) -> None:
@@ -91,7 +101,7 @@ def outline(line: str) -> str:
 
 
 def numbers(line: str) -> list[float]:
-    return [float(found) for found in re.findall(r"\d\.\d\d(?=$|\s)", line)]
+    return [float(actual) for actual in re.findall(r"\d\.\d\d(?=$|\s)", line)]
 
 
 @pytest.mark.parametrize("name", tv.__all__)

@@ -37,7 +37,7 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
 
 
 def sites_of(name: str, engine: tv.Engine) -> list[Site]:
-    """The sites that both sides know, in some layer."""
+    """The sites that both the engine and the oracle have in some layer."""
     twins = twins_of(name)
     return [
         site
@@ -67,14 +67,14 @@ def expected(name: str, edits: Edits, row: int, n_heads: int) -> Tensor:
 
 
 def check(name: str, edits: Edits) -> None:
-    """Batched rows of unequal length are what each text alone is under plain hooks, and the edits do something."""
+    """Batched rows of unequal length equal each text alone under plain hooks, and the edits have an effect."""
     engine = engine_of(name)
-    found, without = logits_of(engine, TEXTS, edits), logits_of(engine, TEXTS)
+    actual, without = logits_of(engine, TEXTS, edits), logits_of(engine, TEXTS)
     for row in range(len(TEXTS)):
         wanted = expected(name, edits, row, max(1, engine.info.n_heads))
-        torch.testing.assert_close(found[row], wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(actual[row], wanted, atol=1e-4, rtol=1e-4)
         if any(row in edit.rows.tolist() for edit in edits):
-            assert (found[row] - without[row]).abs().max() > 1e-3
+            assert (actual[row] - without[row]).abs().max() > 1e-3
 
 
 def everywhere(engine: tv.Engine, site: Site, op: str, position: int = -1, seed: int = 1) -> list[Edit]:
@@ -93,13 +93,13 @@ def test_every_site_is_read_where_plain_hooks_read_it(name: str) -> None:
     sites = sites_of(name, engine)
     assert RESID_POST in sites
     for site in sites:
-        found = read_texts(engine, TEXTS, site)
-        assert found.shape == (len(TEXTS), len(engine.layers_of(site)), engine.info.width(site))
+        actual = read_texts(engine, TEXTS, site)
+        assert actual.shape == (len(TEXTS), len(engine.layers_of(site)), engine.info.width(site))
         for row, text in enumerate(TEXTS):
             seen, _ = hooked_run(twins, ids_of(twins.bridge, text))
-            for place, layer in enumerate(engine.layers_of(site)):
+            for slot, layer in enumerate(engine.layers_of(site)):
                 wanted = seen[site.name, layer][0, -1]
-                torch.testing.assert_close(found[row, place], wanted, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(actual[row, slot], wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("op", ["set", "add"])
@@ -113,7 +113,7 @@ def test_every_site_is_written_where_plain_hooks_write_it(name: str, op: str) ->
 
 @pytest.mark.parametrize("name", NAMES)
 def test_several_layers_positions_and_sites_at_once(name: str) -> None:
-    """Other rows at other positions, several layers in one pass, set and add side by side."""
+    """Different positions in different rows, several layers in one pass, set and add together."""
     engine = engine_of(name)
     edits = []
     for i, site in enumerate(sites_of(name, engine)):
@@ -142,10 +142,10 @@ def test_adding_is_setting_the_sum_with_what_was_read(name: str) -> None:
     rows = torch.arange(len(TEXTS))
     for site in sites_of(name, engine):
         read = read_texts(engine, TEXTS, site)
-        for place, layer in enumerate(engine.layers_of(site)):
+        for slot, layer in enumerate(engine.layers_of(site)):
             vector = noise(len(TEXTS), engine.info.width(site))
             added = logits_of(engine, TEXTS, Edits([Edit(vector, rows, layer, site=site, op="add")]))
-            written = logits_of(engine, TEXTS, Edits([Edit(read[:, place] + vector, rows, layer, site=site)]))
+            written = logits_of(engine, TEXTS, Edits([Edit(read[:, slot] + vector, rows, layer, site=site)]))
             torch.testing.assert_close(added, written, atol=1e-4, rtol=1e-4)
 
 
@@ -154,13 +154,13 @@ def test_writing_back_any_set_of_sites_changes_nothing(name: str) -> None:
     engine = engine_of(name)
     rows = torch.arange(len(TEXTS))
     draw = random.Random(name)
-    cells = [(site, place) for site in sites_of(name, engine) for place in range(len(engine.layers_of(site)))]
+    cells = [(site, slot) for site in sites_of(name, engine) for slot in range(len(engine.layers_of(site)))]
     plain = logits_of(engine, TEXTS)
     for _ in range(3):
         chosen = draw.sample(cells, draw.randint(1, len(cells)))
         edits = [
-            Edit(read_texts(engine, TEXTS, site)[:, place], rows, engine.layers_of(site)[place], site=site)
-            for site, place in chosen
+            Edit(read_texts(engine, TEXTS, site)[:, slot], rows, engine.layers_of(site)[slot], site=site)
+            for site, slot in chosen
         ]
         torch.testing.assert_close(logits_of(engine, TEXTS, Edits(edits)), plain, atol=1e-4, rtol=1e-4)
 
@@ -187,39 +187,39 @@ def test_every_step_writes_at_each_generated_token(name: str) -> None:
     vector = noise(1, 32, seed=4)[0]
     vectors = tv.TaskVectors(vector.expand(1, engine.n_layers, -1), engine.name, "t")
     how = tv.add(0.7, every_step=True)
-    found = tv.patch_generate(engine, list(TEXTS), vectors, 1, how=how, max_new_tokens=4).tokens
+    actual = tv.patch_generate(engine, list(TEXTS), vectors, 1, how=how, max_new_tokens=4).tokens
     once = tv.patch_generate(engine, list(TEXTS), vectors, 1, how=tv.add(0.7), max_new_tokens=4).tokens
     for row, text in enumerate(TEXTS):
         ids = ids_of(twins.bridge, text)
         start, chosen = ids.shape[1] - 1, []
         for _ in range(4):
-            edits = [PlainEdit("resid_post", 1, place, 0.7 * vector, "add") for place in range(start, ids.shape[1])]
+            edits = [PlainEdit("resid_post", 1, slot, 0.7 * vector, "add") for slot in range(start, ids.shape[1])]
             chosen.append(int(hooked_run(twins, ids, edits)[1][-1].argmax()))
             ids = torch.cat([ids, torch.tensor([chosen[-1:]])], dim=1)
         ended = chosen.index(1) + 1 if 1 in chosen else 4
-        assert found[row, :ended].tolist() == chosen[:ended]
-    assert not torch.equal(found, once)  # or the test would show nothing
+        assert actual[row, :ended].tolist() == chosen[:ended]
+    assert not torch.equal(actual, once)  # otherwise the test would show nothing
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 def test_a_replayed_past_is_a_cached_one(name: str) -> None:
-    """The same steps with a cache and with whole rows: edits at earlier positions, and a later edit of its own."""
+    """The same steps with a cache and with whole rows: edits at earlier positions, and another edit in a later step."""
     engine = engine_of(name)
     tokens = tokens_of(engine, TEXTS)
     rows, chosen = torch.arange(len(TEXTS)), torch.tensor([5, 6, 7, 8])
     first = Edits([Edit(noise(4, 32), rows, 0, position=-2), Edit(noise(4, 32, seed=2), rows, 2, op="add")])
     then = Edits([Edit(noise(4, 32, seed=3), rows, 1, op="add")])
-    found = []
+    actual = []
     for start in (None, Replay.start(tokens)):
         past = engine.forward(tokens, edits=first, past=start).past
         past = engine.forward(tokens.then(chosen), edits=then, past=past).past
-        found.append(engine.forward(tokens.then(chosen).then(chosen), past=past).logits)
-    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+        actual.append(engine.forward(tokens.then(chosen).then(chosen), past=past).logits)
+    torch.testing.assert_close(actual[0], actual[1], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma2", "deepseek_v3", "mistral"])
 def test_gradients_are_those_of_plain_hugging_face(name: str) -> None:
-    """Of a loss on the logits, with respect to vectors at several sites, layers and positions of padded rows."""
+    """For a loss on the logits, with respect to vectors at several sites, layers and positions of padded rows."""
     engine, twins = engine_of(name), twins_of(name)
     tokens = tokens_of(engine, TEXTS)
     rows = torch.arange(len(TEXTS))
@@ -233,7 +233,7 @@ def test_gradients_are_those_of_plain_hugging_face(name: str) -> None:
     frozen = {name: p.requires_grad for name, p in twins.bridge.original_model.named_parameters()}
     logits = engine.forward(tokens, edits=edits, grad=True).logits
     assert logits is not None
-    found = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, target, reduction="sum"), values)
+    actual = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, target, reduction="sum"), values)
     assert {name: p.requires_grad for name, p in twins.bridge.original_model.named_parameters()} == frozen
     assert all(p.grad is None for p in twins.bridge.original_model.parameters())
     assert torch.is_grad_enabled()
@@ -246,7 +246,7 @@ def test_gradients_are_those_of_plain_hugging_face(name: str) -> None:
         ]
         _, wanted_logits = hooked_run(twins, ids, plain, engine.info.n_heads, grad=True)
         loss = torch.nn.functional.cross_entropy(wanted_logits[-1:], target[row : row + 1])
-        for mine, wanted in zip(found, torch.autograd.grad(loss, own), strict=True):
+        for mine, wanted in zip(actual, torch.autograd.grad(loss, own), strict=True):
             torch.testing.assert_close(mine[row], wanted, atol=1e-4, rtol=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""The engine's laws: it reads and writes what a plain forward hook does, and a batch is nothing but its rows."""
+"""The engine's laws: it reads and writes what a plain forward hook does, and a row does not depend on its batch."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_a_patched_row_is_a_plain_hook_that_overwrites(twins: Twins) -> None:
     engine = tv.LocalEngine(twins.bridge)
     vectors = torch.randn(len(TEXTS), engine.d_model, generator=torch.Generator().manual_seed(1)) * 3
     layers = [0, 3, 1, 3]
-    found = logits_of(engine, TEXTS, per_row(vectors, layers))
+    actual = logits_of(engine, TEXTS, per_row(vectors, layers))
     for row, text in enumerate(TEXTS):
         ids = ids_of(twins.bridge, text)
         write = (layers[row], ids.shape[1] - 1, vectors[row])
-        torch.testing.assert_close(found[row], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
-        assert (found[row] - plain_run(twins, ids)[1]).abs().max() > 0.05  # the patch did something
+        torch.testing.assert_close(actual[row], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
+        assert (actual[row] - plain_run(twins, ids)[1]).abs().max() > 0.05  # the patch had an effect
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, 3])
@@ -82,8 +82,8 @@ def test_the_tokenizers_padding_settings_are_ignored(architecture: str, bos: boo
             logits_of(engine, TEXTS), torch.stack([each[1] for each in oracle]), atol=1e-4, rtol=0
         )
         prompts = [tv.Prompt((), text, template=tv.Template("{input}{output}", "\n\n\n")) for text in TEXTS]
-        found = tv.generate(engine, prompts, max_new_tokens=3)
-        for text, ids in zip(TEXTS, found.tokens.tolist(), strict=True):
+        actual = tv.generate(engine, prompts, max_new_tokens=3)
+        for text, ids in zip(TEXTS, actual.tokens.tolist(), strict=True):
             expected = plain_generate(twins, ids_of(twins.bridge, text, prepend_bos), 3)
             assert ids == expected or (
                 1 in expected and ids[: expected.index(1) + 1] == expected[: expected.index(1) + 1]
@@ -111,7 +111,7 @@ def test_bos_is_prepended_once_or_not_at_all() -> None:
 
 @pytest.mark.parametrize("layer", [0, 3])
 def test_shared_prefix_equals_a_fresh_run(twins: Twins, layer: int) -> None:
-    """Tails of unequal length, one group that begins alike in nothing, and more rows than fit one pass."""
+    """Rows of unequal length, a group without a shared prefix, and more rows than fit one pass."""
     shots = "hot -> cold\nbig -> small\n"
     groups = [
         [shots + "wet ->", shots + "a quick brown fox ->", shots + "tall ->"],
@@ -123,10 +123,10 @@ def test_shared_prefix_equals_a_fresh_run(twins: Twins, layer: int) -> None:
     edits = per_row(vectors, [layer] * len(texts))
     for prepend_bos, batch_size in ((None, None), (False, 4)):
         engine = tv.LocalEngine(twins.bridge, prepend_bos=prepend_bos, batch_size=batch_size)
-        found, written = read_groups(engine, groups), logits_of_groups(engine, groups, edits)
+        actual, written = read_groups(engine, groups), logits_of_groups(engine, groups, edits)
         for row, text in enumerate(texts):
             ids = ids_of(twins.bridge, text, prepend_bos)
-            torch.testing.assert_close(found[row], plain_run(twins, ids)[0], atol=1e-4, rtol=0)
+            torch.testing.assert_close(actual[row], plain_run(twins, ids)[0], atol=1e-4, rtol=0)
             write = (layer, ids.shape[1] - 1, vectors[row])
             torch.testing.assert_close(written[row], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
     if twins.bridge.cfg.architecture == "LlamaForCausalLM":
@@ -135,26 +135,79 @@ def test_shared_prefix_equals_a_fresh_run(twins: Twins, layer: int) -> None:
 
 
 def tails(engine: tv.Engine, groups: Sequence[Sequence[str]]) -> list[int]:
-    """How many positions of each part are run behind a shared prefix."""
+    """How many positions of each part are run after a shared prefix."""
     widths: list[int] = []
     ids = [engine.text.encode(group) for group in groups]
     map_rows(engine, ids, lambda rows, tokens, *_: widths.append(tokens.ids.shape[1]))
     return widths
 
 
-def test_pads_in_the_middle_may_not_pass_the_context(twins: Twins) -> None:
+def test_pads_in_the_middle_stay_within_the_context(twins: Twins) -> None:
     """Each row fits into the context of 128, the longest prefix and the longest tail together do not."""
     engine = tv.LocalEngine(twins.bridge, prepend_bos=False)
     groups = [["x " * 25 + "a " * 20, "x " * 25 + "b"], ["y " * 48 + "a", "y " * 48 + "b c"]]
     texts = [text for group in groups for text in group]
-    for found, text in zip(read_groups(engine, groups), texts, strict=True):
+    for actual, text in zip(read_groups(engine, groups), texts, strict=True):
         expected = plain_run(twins, ids_of(twins.bridge, text, False))[0]
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+# Pads between a prefix and its rows would change results here: alibi, windows and chunks of each kind, and the end
+# of the context.
+EDGES = {
+    "bloom": 1,
+    "mpt": 1,
+    "mistral": 6,
+    "gemma2": 6,
+    "gemma3": 6,
+    "olmo3": 6,
+    "gpt_oss": 6,
+    "cohere2": 6,
+    "gpt_neo": 8,
+    "chunked attention": 6,
+    "a window of 2": 2,
+    "gpt2": 128,
+    "llama": 128,
+    "opt": 128,
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 3])
+def test_pads_in_the_middle_do_no_harm_at_any_edge(name: str, beyond: int) -> None:
+    """The longest prefix and the longest tail together are as long as the window, one less, and more; each row by
+    itself fits. Each read is that of plain Hugging Face.
+    """
+    twins, edge = make_twins(name), EDGES[name]
+    engine = tv.LocalEngine(twins.bridge, prepend_bos=False, progress=False)
+    seen = max(6, edge + beyond)
+    prefix, tail = seen - 3, 3
+    groups = [["a " * prefix + "b", "a " * prefix + "x"], ["y " + "b " * tail, "y " + "x"]]
+    texts = [text for group in groups for text in group]
+    actual = read_groups(engine, groups)
+    for row, text in enumerate(texts):
+        expected = plain_run(twins, ids_of(twins.bridge, text, False))[0]
+        torch.testing.assert_close(actual[row], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("new", [1, 5])
+def test_the_last_length_that_fits_is_run_and_the_next_is_refused(name: str, new: int) -> None:
+    twins = make_twins(name)
+    engine = tv.LocalEngine(twins.bridge, prepend_bos=False)
+    longest = 128 - new + 1
+    text = " cold" * longest
+    [ids] = engine.text.encode([text])
+    assert len(ids) == longest
+    actual = tv.generate(engine, [text], max_new_tokens=new).tokens[0]
+    assert actual.tolist() == plain_generate(twins, torch.tensor([ids]), new)[: len(actual)]
+    with pytest.raises(ValueError, match=f"prompt 0 has {longest + 1} tokens.* the context of tiny-{name} is 128"):
+        tv.generate(engine, [text + " cold"], max_new_tokens=new)
 
 
 @pytest.mark.parametrize("substitutes", [2, 4])
 def test_a_shared_prefix_is_run_once(substitutes: int) -> None:
-    """P prompts of prefix n and k tails of t tokens cost P * (n + k * t) positions: here lengths are equal."""
+    """P prompts with n shared tokens and k rests of t tokens cost P * (n + k * t) positions."""
     bridge = make_twins("llama").bridge
     engine = tv.LocalEngine(bridge)
     tails = ["a", "b", "c", "d"][:substitutes]
@@ -166,7 +219,7 @@ def test_a_shared_prefix_is_run_once(substitutes: int) -> None:
 
 
 def step(engine: tv.Engine, tokens: tv.Tokens, past: Past) -> Tensor:
-    """Next-token logits behind a past."""
+    """Next-token logits after a past."""
     logits = engine.forward(tokens, past=past).logits
     assert logits is not None
     return logits
@@ -267,7 +320,7 @@ def test_a_past_without_copies_is_still_independent() -> None:
 
 
 def test_a_recurrent_model_continues_from_whole_rows() -> None:
-    """Rows of unequal length, patched at their second last position, forked and one left out: a plain hook there."""
+    """Unequal rows, patched at their second-to-last position, forked, one dropped: equal to a plain hook there."""
     twins = make_twins("mamba")
     engine = tv.LocalEngine(twins.bridge)
     tokens = tokens_of(engine, TEXTS)
@@ -276,18 +329,18 @@ def test_a_recurrent_model_continues_from_whole_rows() -> None:
     wide = engine.fork(past, 2)
     fewer = engine.select(wide, [1, 6])  # the second copy of the first row, the first of the fourth
     then = tokens.repeat(2).keep([1, 6]).then(torch.tensor([5, 9]))
-    found = engine.forward(then, past=engine.fork(fewer), read=[RESID_POST]).reads[RESID_POST]
+    actual = engine.forward(then, past=engine.fork(fewer), read=[RESID_POST]).reads[RESID_POST]
     again = step(engine, then, fewer)
-    for place, (row, layer, token) in enumerate([(0, 0, 5), (3, 0, 9)]):
+    for slot, (row, layer, token) in enumerate([(0, 0, 5), (3, 0, 9)]):
         ids = ids_of(twins.bridge, TEXTS[row])
         write = (layer, ids.shape[1] - 1, vectors[row])
         plain = plain_run(twins, torch.cat([ids, torch.tensor([[token]])], dim=1), write)
-        torch.testing.assert_close(found[place], plain[0], atol=1e-4, rtol=0)
-        torch.testing.assert_close(again[place], plain[1], atol=1e-4, rtol=0)
+        torch.testing.assert_close(actual[slot], plain[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(again[slot], plain[1], atol=1e-4, rtol=0)
 
 
 def small_memory(bridge: TransformerBridge, most_rows: int) -> torch.utils.hooks.RemovableHandle:
-    """Makes every pass of more rows fail as it does where a GPU is full, half way up the model."""
+    """Makes every pass of more rows fail half way up the model, as it does when a GPU's memory is full."""
 
     def full(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
         if len(args[0]) > most_rows:
@@ -298,7 +351,7 @@ def small_memory(bridge: TransformerBridge, most_rows: int) -> torch.utils.hooks
 
 @pytest.mark.parametrize("most_rows", [1, 2, 7])
 def test_smaller_passes_continue_when_memory_runs_out(most_rows: int) -> None:
-    """Also where it is the shared prefix that is too large, which has a row for each prompt."""
+    """Also if the shared prefix is what is too large; it has a row for each prompt."""
     bridge = make_twins("llama").bridge
     task = tv.Task.from_mapping(
         "t", {a: a.upper() for a in ("hot", "cold", "big", "small", "tall", "x", "a quick fox")}
@@ -317,13 +370,13 @@ def test_smaller_passes_continue_when_memory_runs_out(most_rows: int) -> None:
     with pytest.warns(
         UserWarning, match="tiny-llama: no memory for .* rows in a pass; continuing with fewer"
     ) as warned:
-        found = everything()
+        actual = everything()
     handle.remove()
     assert len(warned) == 1
-    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
-    assert found[1] == expected[1]
-    assert found[2].texts == expected[2].texts
-    torch.testing.assert_close(found[3], expected[3], atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual[0], expected[0], atol=1e-5, rtol=0)
+    assert actual[1] == expected[1]
+    assert actual[2].texts == expected[2].texts
+    torch.testing.assert_close(actual[3], expected[3], atol=1e-5, rtol=0)
 
 
 def test_memory_too_small_for_one_row_is_an_error() -> None:
@@ -335,7 +388,7 @@ def test_memory_too_small_for_one_row_is_an_error() -> None:
 
 
 def test_a_cache_that_was_not_filled_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As transformers 5.24 gives one under TransformerLens 4.3: the next token would come from nowhere."""
+    """As with transformers 5.24 under TransformerLens 4.3: the next token would see nothing before it."""
     bridge = make_twins("llama").bridge
     run = bridge.run_with_hooks
     empty = transformers.DynamicCache()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import Twins, ids_of, make_twins
 from oracle import count_positions, plain_generate, refuse
-from results import score_of
+from results import make_settings, score_of
 from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
@@ -73,11 +73,11 @@ def test_the_interval_is_exact(right: int, n: int, low: float, high: float) -> N
 
 def test_scores_follow_the_tasks_rule() -> None:
     prompts = [Prompt((), "a"), Prompt((), "bb", "own answer")]
-    found = tv.score(TASK, prompts, [" A ", "BB"])
-    assert (found.answers, found.correct) == (("A", "own answer"), (True, False))
-    assert found.accuracy == 0.5
-    assert found.to_pandas()["correct"].tolist() == [True, False]
-    assert "<table" in found._repr_html_()
+    actual = tv.score(TASK, prompts, [" A ", "BB"])
+    assert (actual.answers, actual.correct) == (("A", "own answer"), (True, False))
+    assert actual.accuracy == 0.5
+    assert actual.to_pandas()["correct"].tolist() == [True, False]
+    assert "<table" in actual._repr_html_()
     with pytest.raises(ValueError, match="1 texts for 2 prompts"):
         tv.score(TASK, prompts, ["A"])
 
@@ -107,7 +107,7 @@ def test_wrong_use_of_a_sweep_says_what_to_do(as_users_run_it: None) -> None:
 
 
 def odd(prediction: str, answer: str) -> bool:
-    """A rule under which a random model is right now and then."""
+    """A rule by which a random model is sometimes right."""
     return len(prediction) % 2 == 1
 
 
@@ -123,11 +123,11 @@ def read(twins: Twins, task: Task, n: int = 4) -> TaskVectors:
 def test_an_evaluation_holds_what_each_call_alone_gives(twins: Twins) -> None:
     prompts = WORDS.sample(6, shots=3, seed=0)
     vectors, other = read(twins, WORDS).mean(), read(twins, OTHER).mean()
-    found = tv.evaluate(twins.bridge, WORDS, prompts, vectors, 2, max_new_tokens=4, controls={"other": other}, seed=5)
-    assert list(found.conditions) == ["zero-shot", "few-shot", "patched", "random", "other", "shuffled"]
-    assert found.few_shot.texts == tv.generate(twins.bridge, prompts, max_new_tokens=4).texts
+    actual = tv.evaluate(twins.bridge, WORDS, prompts, vectors, 2, max_new_tokens=4, controls={"other": other}, seed=5)
+    assert list(actual.conditions) == ["zero-shot", "few-shot", "patched", "random", "other", "shuffled"]
+    assert actual.few_shot.texts == tv.generate(twins.bridge, prompts, max_new_tokens=4).texts
     alone = [prompt.zero_shot() for prompt in prompts]
-    assert found.zero_shot.texts == tv.generate(twins.bridge, alone, max_new_tokens=4).texts
+    assert actual.zero_shot.texts == tv.generate(twins.bridge, alone, max_new_tokens=4).texts
     mixed = tv.shuffle_outputs(prompts, 5)
     controls = {
         "random": random_like(vectors, 6, 5),
@@ -137,22 +137,22 @@ def test_an_evaluation_holds_what_each_call_alone_gives(twins: Twins) -> None:
     }
     for name, each in {"patched": vectors, **controls}.items():
         texts = tv.patch_generate(twins.bridge, prompts, each, 2, max_new_tokens=4).texts
-        assert found.conditions[name].texts == texts
-    for each in found.conditions.values():
+        assert actual.conditions[name].texts == texts
+    for each in actual.conditions.values():
         assert each.answers == tuple(prompt.query.upper() for prompt in prompts)
         assert each.correct == tuple(len(text) % 2 == 1 for text in each.texts)
 
 
 def test_a_random_control_is_as_long_as_the_vector_and_points_elsewhere(gpt2: Twins) -> None:
     for vectors in (read(gpt2, WORDS, 8), read(gpt2, WORDS, 8).mean()):
-        found = random_like(vectors, 8, seed=0)
-        assert len(found) == 8
-        assert torch.allclose(found.values.norm(dim=-1), vectors.values.norm(dim=-1).expand(8, -1), rtol=1e-5)
-        rows = torch.nn.functional.normalize(torch.cat([found.values, vectors.values]), dim=-1)
+        actual = random_like(vectors, 8, seed=0)
+        assert len(actual) == 8
+        assert torch.allclose(actual.values.norm(dim=-1), vectors.values.norm(dim=-1).expand(8, -1), rtol=1e-5)
+        rows = torch.nn.functional.normalize(torch.cat([actual.values, vectors.values]), dim=-1)
         same = torch.einsum("ald,bld->lab", rows, rows) - torch.eye(len(rows))
         assert same[:, :8].abs().max() < 0.8  # in 32 dimensions; a repeated direction would give 1
-        assert torch.equal(found.values, random_like(vectors, 8, seed=0).values)
-        assert not torch.allclose(found.values, random_like(vectors, 8, seed=1).values)
+        assert torch.equal(actual.values, random_like(vectors, 8, seed=0).values)
+        assert not torch.allclose(actual.values, random_like(vectors, 8, seed=1).values)
 
 
 @pytest.mark.parametrize("shots", [2, 3, 7])
@@ -168,7 +168,7 @@ def test_shuffled_demonstrations_keep_inputs_and_lose_every_pair(shots: int) -> 
 
 
 def test_the_paired_test_is_mcnemars() -> None:
-    """By hand: 9 prompts tell the two apart, 8 for one and 1 for the other: 2 * (C(9,0) + C(9,1)) / 2**9."""
+    """By hand: the two differ on 9 prompts, 8 times to 1: 2 * (C(9,0) + C(9,1)) / 2**9."""
     first = Score(("",) * 12, ("",) * 12, (True,) * 8 + (False,) + (True, True, False))
     second = Score(("",) * 12, ("",) * 12, (False,) * 8 + (True,) + (True, True, False))
     assert tv.mcnemar(first, second) == tv.mcnemar(second, first) == pytest.approx(2 * (1 + 9) / 512)
@@ -179,16 +179,16 @@ def test_the_paired_test_is_mcnemars() -> None:
 
 def test_an_evaluations_table_names_layer_and_interval() -> None:
     parts = {"zero_shot": score_of(0), "few_shot": score_of(9), "patched": score_of(8)}
-    found = Evaluation(3, **parts, controls={"random": score_of(1)})
-    table = found.to_pandas().set_index("condition")
+    actual = Evaluation(3, **parts, controls={"random": score_of(1)})
+    table = actual.to_pandas().set_index("condition")
     assert table["accuracy"].to_dict() == {"zero-shot": 0, "few-shot": 0.9, "patched": 0.8, "random": 0.1}
     assert table["layer"].isna().to_dict() == {"zero-shot": True, "few-shot": True, "patched": False, "random": False}
     assert table["layer"].dropna().tolist() == [3, 3]
     assert table.loc["zero-shot", "high"] == pytest.approx(0.3084971, abs=1e-6)
-    # Eight prompts tell patched from zero-shot, all for patched; seven tell it from random.
-    assert found.p_value == table.loc["zero-shot", "p_value"] == pytest.approx(2 / 2**8)
+    # Patched differs from zero-shot on eight prompts, always in favor of patched, and from random on seven.
+    assert actual.p_value == table.loc["zero-shot", "p_value"] == pytest.approx(2 / 2**8)
     assert table.loc["random", "p_value"] == pytest.approx(2 / 2**7)
-    assert "few-shot" in found._repr_html_()
+    assert "few-shot" in actual._repr_html_()
 
 
 def test_wrong_use_of_an_evaluation_says_what_to_do(gpt2: Twins, as_users_run_it: None) -> None:
@@ -211,26 +211,26 @@ def test_wrong_use_of_an_evaluation_says_what_to_do(gpt2: Twins, as_users_run_it
             call()
 
 
-def test_conflicting_demonstrations_stay_and_the_vector_is_written_behind_them(twins: Twins) -> None:
+def test_conflicting_demonstrations_stay_and_the_vector_is_written_after_them(twins: Twins) -> None:
     prompts = WORDS.sample(3, shots=2, seed=0)
     noise = 3 * torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))
     vectors = TaskVectors(noise, twins.bridge.cfg.model_name, "t")
-    found = tv.conflict(tv.LocalEngine(twins.bridge), WORDS, OTHER, prompts, vectors, 1, max_new_tokens=3)
+    actual = tv.conflict(tv.LocalEngine(twins.bridge), WORDS, OTHER, prompts, vectors, 1, max_new_tokens=3)
     for i, prompt in enumerate(prompts):
         ids = ids_of(twins.bridge, prompt.text)
         for write, texts in (
-            (None, found.plain_task.texts),
-            ((1, ids.shape[1] - 1, vectors.values[i, 1]), found.patched_task.texts),
+            (None, actual.plain_task.texts),
+            ((1, ids.shape[1] - 1, vectors.values[i, 1]), actual.patched_task.texts),
         ):
             chosen = plain_generate(twins, ids, 3, write)
             ended = chosen.index(1) if 1 in chosen else 3  # at the end of text
             assert texts[i] == twins.bridge.tokenizer.decode(chosen[:ended]).split("\n")[0].strip()
-    assert found.plain_rival.texts == found.plain_task.texts
-    assert found.patched_rival.texts == found.patched_task.texts
-    assert found.plain_task.answers == found.patched_task.answers == tuple(p.query.upper() for p in prompts)
-    assert found.plain_rival.answers == found.patched_rival.answers == tuple(p.query * 2 for p in prompts)
-    assert found.to_pandas()["scored as"].tolist() == ["upper", "double"] * 2
-    assert "demonstrations of upper, vector of double at layer 1" in found._repr_html_()
+    assert actual.plain_rival.texts == actual.plain_task.texts
+    assert actual.patched_rival.texts == actual.patched_task.texts
+    assert actual.plain_task.answers == actual.patched_task.answers == tuple(p.query.upper() for p in prompts)
+    assert actual.plain_rival.answers == actual.patched_rival.answers == tuple(p.query * 2 for p in prompts)
+    assert actual.to_pandas()["scored as"].tolist() == ["upper", "double"] * 2
+    assert "demonstrations of upper, vector of double at layer 1" in actual._repr_html_()
 
 
 # The whole experiment
@@ -245,7 +245,7 @@ def experiment(llama: Twins) -> tv.Experiment:
     return tv.run_experiment(llama.bridge, TASKS, **SMALL)
 
 
-def test_an_experiment_is_what_its_parts_give(llama: Twins, experiment: tv.Experiment) -> None:
+def test_an_experiment_equals_its_parts(llama: Twins, experiment: tv.Experiment) -> None:
     """Each step by hand, with the public functions."""
     means = {}
     for task in TASKS:
@@ -273,6 +273,110 @@ def test_an_experiment_is_what_its_parts_give(llama: Twins, experiment: tv.Exper
         assert torch.equal(experiment.vectors[task.name].values, means[task.name].values)
 
 
+@pytest.mark.parametrize("seed", [1, 7])
+def test_the_seed_reaches_every_draw(llama: Twins, seed: int) -> None:
+    """The split, the prompts, the substitutes, the shuffling and the random control, each by hand."""
+    actual = tv.run_experiment(llama.bridge, [WORDS], **SMALL, seed=seed)
+    dev, test = WORDS.split(6 / 13, seed=seed)
+    prompts = dev.sample(6, shots=2, seed=seed, template=tv.PAPER)
+    vector = tv.extract(llama.bridge, prompts, dev.substitutes(prompts, 2, seed=seed)).mean()
+    assert torch.equal(actual.vectors["upper"].values, vector.values)
+    mixed = tv.shuffle_outputs(prompts, seed)
+    shuffled = tv.extract(llama.bridge, mixed, dev.substitutes(mixed, 2, seed=seed)).mean()
+    asked = test.sample(7, shots=2, seed=seed, template=tv.PAPER)
+    [result] = actual.results
+    for name, each in {"random": random_like(vector, 7, seed), "shuffled": shuffled, "patched": vector}.items():
+        texts = tv.patch_generate(llama.bridge, asked, each, result.sweep.best, max_new_tokens=2)
+        assert result.evaluation.conditions[name].texts == texts.texts
+
+
+def test_the_other_task_is_half_the_list_away(llama: Twins) -> None:
+    """Not the neighbor, which is more likely to be a relative."""
+    tasks = [replace(WORDS, name=f"task {i}") for i in range(5)]
+    actual = tv.run_experiment(llama.bridge, tasks, **{**SMALL, "n_dev": 2, "n_test": 2, "layers": [1]})
+    assert [result.other_task for result in actual.results] == ["task 2", "task 3", "task 4", "task 0", "task 1"]
+    for i, result in enumerate(actual.results):
+        _, test = tasks[i].split(0.5, seed=0)
+        asked = test.sample(2, shots=2, seed=0)
+        other = actual.vectors[str(result.other_task)]
+        texts = tv.patch_generate(llama.bridge, asked, other, 1, max_new_tokens=2).texts
+        assert result.evaluation.controls["other task"].texts == texts
+
+
+def test_another_tasks_vectors_are_refused_on_resume(llama: Twins, tmp_path: Path) -> None:
+    """So are those of another model or another depth: everything in a folder is checked."""
+    folder = tmp_path / "run"
+    tasks = [WORDS, OTHER]
+    tv.run_experiment(llama.bridge, tasks, **SMALL, folder=folder)
+    upper, double = folder / "task-upper.safetensors", folder / "task-double.safetensors"
+    good, vectors = upper.read_bytes(), TaskVectors.load(upper)
+    upper.write_bytes(double.read_bytes())
+    with pytest.raises(ValueError, match=r"task-upper.safetensors: vectors of 'double' and tiny-llama, not of 'upper'"):
+        tv.run_experiment(llama.bridge, tasks, **SMALL, folder=folder)
+    replace(vectors, model="other").save(upper)
+    with pytest.raises(ValueError, match=r"task-upper.safetensors: vectors of 'upper' and other, not"):
+        tv.run_experiment(llama.bridge, tasks, **SMALL, folder=folder)
+    replace(vectors, n_layers=9).save(upper)
+    with pytest.raises(ValueError, match=r"task-upper.safetensors: vectors for 9 layers, not 4"):
+        tv.run_experiment(llama.bridge, tasks, **SMALL, folder=folder)
+    upper.write_bytes(good)
+    (folder / "task-upper.json").write_bytes((folder / "task-double.json").read_bytes())
+    with pytest.raises(ValueError, match="a damaged result .it is of the task 'double', not 'upper'"):
+        tv.run_experiment(llama.bridge, tasks, **SMALL, folder=folder)
+
+
+def test_alternatives_count_wherever_answers_are_scored(gpt2: Twins) -> None:
+    """Every text that the model gives is an accepted alternative to the expected answer."""
+    strict = Task("upper", WORDS.inputs, str.upper)
+    prompts = strict.sample(4, shots=2, seed=0)
+    texts = tv.generate(gpt2.bridge, prompts, max_new_tokens=2)
+    assert not any(tv.score(strict, prompts, texts).correct)
+    lenient = replace(
+        strict, accepted={str(prompt.answer): ("zzz", text) for prompt, text in zip(prompts, texts, strict=True)}
+    )
+    assert all(tv.score(lenient, prompts, texts).correct)
+    vectors = TaskVectors(torch.ones(1, 4, 32), "tiny-gpt2", "t")
+    actual = tv.evaluate(gpt2.bridge, lenient, prompts, vectors, 1, max_new_tokens=2)
+    assert actual.few_shot.texts == texts.texts
+    assert all(actual.few_shot.correct)
+
+
+def test_scores_of_different_prompts_are_not_compared() -> None:
+    """Neither the paired test nor any result type accepts them."""
+    mine, other = score_of(3), replace(score_of(3), answers=("z",) * 10)
+    for make in (
+        lambda: tv.mcnemar(mine, other),
+        lambda: Evaluation(1, mine, mine, other, {}),
+        lambda: Evaluation(1, mine, mine, mine, {"random": other}),
+        lambda: Sweep((1, 2), (mine, other)),
+        lambda: tv.Conflict("a", "b", 1, mine, mine, other, mine),
+    ):
+        with pytest.raises(ValueError, match="of the same prompts"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Score((), (), ()), "a text, an answer and a verdict for each prompt"),
+        (lambda: Score(("a",), ("b", "c"), (True,)), "not 1, 2 and 1"),
+        (lambda: Sweep((), ()), "a score for each"),
+        (lambda: Sweep((1, 1), (score_of(1), score_of(2))), "different layers"),
+        (lambda: Sweep((1, 4), (score_of(1), score_of(2)), 4), "layer 4 is not one of a model with 4 layers"),
+        (lambda: Evaluation(-1, *[score_of(1)] * 3, {}), "layer -1 is not one of"),
+        (lambda: Evaluation(1, *[score_of(1)] * 3, {"patched": score_of(1)}), "name them otherwise"),
+        (lambda: make_settings(tasks=()), "at least one task"),
+        (lambda: make_settings(layers=(4,)), "are not those of a model with 4 layers"),
+        (lambda: make_settings(data={}), "a fingerprint of its data"),
+        (lambda: tv.Experiment(make_settings(), ()), "at least one result"),
+        (lambda: tv.TopTokens("t", 1, (("a",),), ((1, 2),), ((0.5,),)), "one entry for each vector and rank"),
+    ],
+)
+def test_a_result_that_does_not_fit_together_cannot_be_made(make: Any, message: str) -> None:
+    with pytest.raises(tv.TvLensError, match=message):
+        make()
+
+
 def test_dev_and_test_share_no_input(experiment: tv.Experiment) -> None:
     for result in experiment.results:
         shown = [
@@ -282,7 +386,7 @@ def test_dev_and_test_share_no_input(experiment: tv.Experiment) -> None:
         assert not shown[0] & shown[1]
 
 
-def test_the_same_seed_gives_the_same_and_another_another(llama: Twins, experiment: tv.Experiment) -> None:
+def test_the_same_seed_gives_the_same_result_and_another_seed_does_not(llama: Twins, experiment: tv.Experiment) -> None:
     random.seed(99)
     torch.manual_seed(99)
     engine = tv.LocalEngine(llama.bridge, batch_size=3, progress=False)
@@ -335,13 +439,13 @@ def test_an_interrupted_run_resumes_and_repeats_nothing(
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder)
-    found = tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder)
+    actual = tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder)
     assert swept == ["upper", "double", "double", "reverse"]
     # Each task once for its vector and once with shuffled outputs.
     assert sorted(extracted) == sorted(["upper", "double", "reverse"] * 2)
-    assert found == experiment
+    assert actual == experiment
     for name, vectors in experiment.vectors.items():
-        assert torch.equal(found.vectors[name].values, vectors.values)
+        assert torch.equal(actual.vectors[name].values, vectors.values)
 
     swept.clear(), extracted.clear()
     monkeypatch.setattr(tv.LocalEngine, "forward", refuse)
@@ -383,12 +487,12 @@ def test_a_damaged_result_is_named(llama: Twins, tmp_path: Path) -> None:
             tv.run_experiment(llama.bridge, [WORDS], **SMALL, folder=tmp_path)
 
 
-def test_task_names_that_no_file_could_have_are_kept_apart(llama: Twins, tmp_path: Path) -> None:
+def test_tasks_whose_names_are_not_file_names_get_separate_files(llama: Twins, tmp_path: Path) -> None:
     tasks = [replace(WORDS, name=name) for name in ("a/b", "a:b", "../c", "é" * 200)]
-    found = tv.run_experiment(llama.bridge, tasks, **SMALL, folder=tmp_path / "run")
+    actual = tv.run_experiment(llama.bridge, tasks, **SMALL, folder=tmp_path / "run")
     assert len(list((tmp_path / "run").glob("task-*.json"))) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert tv.run_experiment(llama.bridge, tasks, **SMALL, folder=tmp_path / "run") == found
+    assert tv.run_experiment(llama.bridge, tasks, **SMALL, folder=tmp_path / "run") == actual
 
 
 def test_results_are_saved_and_read_back(experiment: tv.Experiment, tmp_path: Path) -> None:
@@ -408,20 +512,20 @@ def test_results_are_saved_and_read_back(experiment: tv.Experiment, tmp_path: Pa
 
 
 def test_an_experiment_across_prompts(llama: Twins) -> None:
-    found = tv.run_experiment(llama.bridge, [WORDS], **SMALL, across=True)
+    actual = tv.run_experiment(llama.bridge, [WORDS], **SMALL, across=True)
     dev, _ = WORDS.split(6 / 13, seed=0)
     prompts = dev.sample(6, shots=2, seed=0, template=tv.PAPER)
-    assert torch.equal(found.vectors["upper"].values, tv.extract_across(llama.bridge, prompts).mean().values)
-    assert found.settings["method"] == "extract_across"
-    assert found.results[0].other_task is None  # there is none
+    assert torch.equal(actual.vectors["upper"].values, tv.extract_across(llama.bridge, prompts).mean().values)
+    assert actual.settings["method"] == "extract_across"
+    assert actual.results[0].other_task is None  # there is no other task
 
 
 def test_first_token_scoring_is_named_for_what_it_is(llama: Twins) -> None:
     task = Task.from_mapping("t", {text: "cold" if i % 2 else "small" for i, text in enumerate(WORDS.inputs)})
-    found = tv.run_experiment(llama.bridge, [task], **{**SMALL, "max_new_tokens": 1})
-    assert found.settings["scoring"] == "first token"
+    actual = tv.run_experiment(llama.bridge, [task], **{**SMALL, "max_new_tokens": 1})
+    assert actual.settings["scoring"] == "first token"
     rule = tv.first_token(llama.bridge, tv.PAPER)
-    score = found.results[0].evaluation.few_shot
+    score = actual.results[0].evaluation.few_shot
     assert score.correct == tuple(rule(text, answer) for text, answer in zip(score.texts, score.answers, strict=True))
 
 
@@ -441,12 +545,12 @@ def test_wrong_use_of_an_experiment_says_what_to_do(llama: Twins, tmp_path: Path
 
 
 def test_the_real_effect_beats_its_controls(demo: TransformerBridge) -> None:
-    """The gerund on the demo model, small: enough to tell patched from zero-shot and from every control."""
+    """The gerund on the demo model, small, but enough to separate patched from zero-shot and from every control."""
     task = tv.library()["present_to_gerund"]
     rival = tv.library()["present_to_past"]
     layers = [5, 17, 18, 19, 20]
-    found = tv.run_experiment(demo, [task, rival], n_dev=20, n_test=30, layers=layers)
-    evaluation = found.results[0].evaluation
+    actual = tv.run_experiment(demo, [task, rival], n_dev=20, n_test=30, layers=layers)
+    evaluation = actual.results[0].evaluation
     assert evaluation.layer >= 17
     assert evaluation.few_shot.accuracy >= 0.6
     assert evaluation.patched.accuracy >= 0.4
@@ -457,7 +561,7 @@ def test_the_real_effect_beats_its_controls(demo: TransformerBridge) -> None:
     assert evaluation.patched.accuracy > evaluation.controls["shuffled"].accuracy
 
     prompts = rival.sample(20, shots=5, seed=2, template=tv.PAPER)
-    clash = tv.conflict(demo, rival, task, prompts, found.vectors[task.name], evaluation.layer)
+    clash = tv.conflict(demo, rival, task, prompts, actual.vectors[task.name], evaluation.layer)
     assert clash.plain_task.accuracy >= 0.3
     assert clash.plain_rival.accuracy <= 0.1
     assert clash.patched_task.accuracy <= 0.1
@@ -465,7 +569,7 @@ def test_the_real_effect_beats_its_controls(demo: TransformerBridge) -> None:
 
 
 def test_shuffled_demonstrations_are_as_wrong_as_can_be() -> None:
-    """By hand: of a a b c none need be right; of a a a b one a must take an a."""
+    """By hand: of a a b c none need be correct; of a a a b one a must get an a."""
     for outputs, least in (("aabc", 0), ("aaab", 2), ("aabb", 0), ("aaaa", 4), ("abcde", 0), ("aabbc", 0)):
         examples = tuple(tv.Example(str(i), output) for i, output in enumerate(outputs))
         kept = set()
@@ -476,7 +580,7 @@ def test_shuffled_demonstrations_are_as_wrong_as_can_be() -> None:
         assert kept == {least}, outputs
 
 
-def test_vectors_of_another_number_are_refused_by_an_evaluation(gpt2: Twins, as_users_run_it: None) -> None:
+def test_an_evaluation_refuses_the_wrong_number_of_vectors(gpt2: Twins, as_users_run_it: None) -> None:
     gpt2.bridge.original_model.register_forward_pre_hook(refuse)
     prompts = WORDS.sample(5, shots=2, seed=0)
     with pytest.raises(ValueError, match="3 vectors for 5 prompts"):
@@ -488,27 +592,27 @@ def test_vectors_of_another_number_are_refused_by_an_evaluation(gpt2: Twins, as_
 FEW: dict[str, Any] = {"shots": 2, "n_dev": 4, "n_test": 4, "max_new_tokens": 2}
 
 
-def test_a_folder_is_of_one_models_weights(tmp_path: Path) -> None:
-    """Two models may have one name; their results are not each other's."""
+def test_a_folder_belongs_to_one_models_weights(tmp_path: Path) -> None:
+    """Two models may have the same name; one does not get the other's results."""
     tv.run_experiment(make_twins("gpt2", seed=0).bridge, [WORDS], folder=tmp_path, **FEW)
     with pytest.raises(ValueError, match="other settings .weights was [0-9a-f]{16}, is [0-9a-f]{16}"):
         tv.run_experiment(make_twins("gpt2", seed=1).bridge, [WORDS], folder=tmp_path, **FEW)
 
 
-def test_a_folder_is_of_one_rule(gpt2: Twins, tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_rule(gpt2: Twins, tmp_path: Path) -> None:
     yes = replace(WORDS, accepts=tv.Rule("yes", lambda p, a: True))
     no = replace(WORDS, accepts=tv.Rule("no", lambda p, a: False))
-    found = tv.run_experiment(gpt2.bridge, [yes], folder=tmp_path, **FEW)
-    assert found.results[0].evaluation.patched.accuracy == 1
+    actual = tv.run_experiment(gpt2.bridge, [yes], folder=tmp_path, **FEW)
+    assert actual.results[0].evaluation.patched.accuracy == 1
     with pytest.raises(ValueError, match="other settings .rules was"):
         tv.run_experiment(gpt2.bridge, [no], folder=tmp_path, **FEW)
 
 
-def test_numpys_numbers_and_long_names_can_be_kept(gpt2: Twins, tmp_path: Path, as_users_run_it: None) -> None:
+def test_numpy_numbers_and_long_names_can_be_saved(gpt2: Twins, tmp_path: Path, as_users_run_it: None) -> None:
     import numpy as np
 
     layers, task = list(np.arange(0, 4, 2)), replace(WORDS, name="北" * 80)
-    found = tv.run_experiment(gpt2.bridge, [task], folder=tmp_path, layers=layers, seed=np.int64(1), **FEW)
+    actual = tv.run_experiment(gpt2.bridge, [task], folder=tmp_path, layers=layers, seed=np.int64(1), **FEW)
     again = tv.run_experiment(gpt2.bridge, [task], folder=tmp_path, layers=[0, 2], seed=1, **FEW)
-    assert again.results == found.results
-    assert found.results[0].sweep.layers == (0, 2)
+    assert again.results == actual.results
+    assert actual.results[0].sweep.layers == (0, 2)

@@ -1,4 +1,4 @@
-"""What a third party adds, each in a few lines and without touching the package: an engine, a method, a control, a
+"""What a third party can add in a few lines, without changing the package: an engine, a method, a control, a
 rule, a prompt format, a file reader and a figure.
 """
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ LETTERS = Task("upper", tuple("abcdefgh"), str.upper)
 SMALL: dict[str, Any] = {"shots": 2, "n_dev": 4, "n_test": 4, "max_new_tokens": 2, "substitutes": 1}
 
 # --- docs: engine
-# A model of our own: each layer holds the last letter's number, and the model answers with that letter in upper case.
+# A custom model: each layer holds the last letter's number, and the model answers with that letter in upper case.
 
 
 class Letters(TextCodec):
@@ -90,14 +90,14 @@ def test_a_custom_engine_runs_the_whole_experiment(as_users_run_it: None) -> Non
 # --- docs: method
 @dataclass(frozen=True)
 class ScaledExtraction(Method):
-    """Task vectors, made longer."""
+    """Task vectors, scaled."""
 
     name: ClassVar[str] = "scaled"
     factor: float = 2.0
 
     def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
         vectors = tv.extract(engine, prompts, task.substitutes(prompts, 1, seed=seed))
-        return self.factor * vectors
+        return replace(self.factor * vectors, task=task.name)
 
 
 # --- docs: end
@@ -105,37 +105,36 @@ class ScaledExtraction(Method):
 
 def test_a_custom_method_goes_through_an_experiment(llama: Twins, tmp_path: Path) -> None:
     methods = [tv.Extraction(substitutes=1), ScaledExtraction(factor=3.0)]
-    custom = Task("upper", LETTERS.inputs, str.upper)
+    actual = tv.run_experiment(llama.bridge, [LETTERS], methods=methods, folder=tmp_path / "run", **SMALL)
+    assert [result.method for result in actual.results] == ["extract", "scaled"]
+    one, other = (actual.vectors[f"upper, {name}"] for name in ("extract", "scaled"))
+    torch.testing.assert_close(other.values, 3 * one.values)
+    assert actual.summary()["method"].tolist() == ["extract", "scaled"]
+    assert set(actual.to_pandas()["method"]) == {"extract", "scaled"}
+    assert actual.settings["methods"]["scaled"] == {"factor": 3.0}
+    again = tv.run_experiment(llama.bridge, [LETTERS], methods=methods, folder=tmp_path / "run", **SMALL)
+    assert again == actual
+    actual.save(tmp_path / "e.json")
+    assert tv.Experiment.load(tmp_path / "e.json") == actual
+    actual.report(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "upper, scaled" in text
+    assert "methods=[...]" in text
+    methods[1] = ScaledExtraction(factor=4.0)
+    with pytest.raises(tv.TvLensError, match="other settings .*methods was"):
+        tv.run_experiment(llama.bridge, [LETTERS], methods=methods, folder=tmp_path / "run", **SMALL)
 
-    class Renamed(ScaledExtraction):
-        name: ClassVar[str] = "renamed"
+
+def test_a_method_must_return_vectors_of_the_task(llama: Twins) -> None:
+    @dataclass(frozen=True)
+    class Misnamed(tv.Extraction):
+        name: ClassVar[str] = "misnamed"
 
         def __call__(self, *args: Any) -> TaskVectors:
-            from dataclasses import replace
+            return 3.0 * super().__call__(*args)
 
-            return replace(super().__call__(*args), task="upper")
-
-    with pytest.raises(tv.TvLensError, match="scaled returned vectors of '3.0 . upper' for the task 'upper'"):
-        tv.run_experiment(llama.bridge, [custom], methods=methods, **SMALL)
-    methods[1] = Renamed(factor=3.0)
-    found = tv.run_experiment(llama.bridge, [custom], methods=methods, folder=tmp_path / "run", **SMALL)
-    assert [result.method for result in found.results] == ["extract", "renamed"]
-    one, other = (found.vectors[f"upper, {name}"] for name in ("extract", "renamed"))
-    torch.testing.assert_close(other.values, 3 * one.values)
-    assert found.summary()["method"].tolist() == ["extract", "renamed"]
-    assert set(found.to_pandas()["method"]) == {"extract", "renamed"}
-    assert found.settings["methods"]["renamed"] == {"factor": 3.0}
-    again = tv.run_experiment(llama.bridge, [custom], methods=methods, folder=tmp_path / "run", **SMALL)
-    assert again == found
-    found.save(tmp_path / "e.json")
-    assert tv.Experiment.load(tmp_path / "e.json") == found
-    found.report(tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "upper, renamed" in text
-    assert "methods=[...]" in text
-    methods[1] = Renamed(factor=4.0)
-    with pytest.raises(tv.TvLensError, match="other settings .*methods was"):
-        tv.run_experiment(llama.bridge, [custom], methods=methods, folder=tmp_path / "run", **SMALL)
+    with pytest.raises(tv.TvLensError, match="misnamed returned vectors of '3.0 . upper' for the task 'upper'"):
+        tv.run_experiment(llama.bridge, [LETTERS], methods=[Misnamed(substitutes=1)], **SMALL)
 
 
 # --- docs: control
@@ -154,15 +153,15 @@ class Reversed(Control):
 
 def test_a_custom_control_is_a_column(llama: Twins) -> None:
     controls = [tv.RandomDirection(), Reversed()]
-    found = tv.run_experiment(llama.bridge, [LETTERS], controls=controls, **SMALL)
-    [result] = found.results
+    actual = tv.run_experiment(llama.bridge, [LETTERS], controls=controls, **SMALL)
+    [result] = actual.results
     assert list(result.evaluation.controls) == ["random", "reversed"]
-    assert found.settings["controls"] == ("random", "reversed")
+    assert actual.settings["controls"] == ("random", "reversed")
     alone = tv.sweep_layers(
         llama.bridge,
         LETTERS.split(0.5, seed=0)[1],
         LETTERS.split(0.5, seed=0)[1].sample(4, shots=2, seed=0),
-        -found.vectors["upper"],
+        -actual.vectors["upper"],
         [result.sweep.best],
         max_new_tokens=2,
     )
@@ -177,8 +176,8 @@ ignore_case = tv.Rule("ignore case", lambda prediction, answer: prediction.lower
 def test_a_custom_rule_scores_and_is_named(llama: Twins, tmp_path: Path) -> None:
     task = Task("upper", LETTERS.inputs, str.upper, accepts=ignore_case)
     assert tv.score(task, [Prompt((), "a", "A"), Prompt((), "b", "B")], ["a", "x"]).correct == (True, False)
-    found = tv.run_experiment(llama.bridge, [task], folder=tmp_path / "run", **SMALL)
-    assert found.settings["rules"] == {"upper": "ignore case"}
+    actual = tv.run_experiment(llama.bridge, [task], folder=tmp_path / "run", **SMALL)
+    assert actual.settings["rules"] == {"upper": "ignore case"}
 
 
 # --- docs: format
@@ -223,11 +222,11 @@ def test_a_custom_format_is_used_and_saved(llama: Twins, tmp_path: Path) -> None
     vectors = tv.extract(llama.bridge, prompts, LETTERS.substitutes(prompts, 1, seed=0), positions="separators")
     vectors.save(tmp_path / "v.safetensors")
     assert TaskVectors.load(tmp_path / "v.safetensors").template == Dialogue()
-    found = tv.run_experiment(llama.bridge, [LETTERS], template=Dialogue(asks="Q: "), folder=tmp_path / "run", **SMALL)
-    assert found.settings.format == Dialogue(asks="Q: ")
-    assert found.results[0].test_prompts[0].startswith("Q: ")
+    actual = tv.run_experiment(llama.bridge, [LETTERS], template=Dialogue(asks="Q: "), folder=tmp_path / "run", **SMALL)
+    assert actual.settings.format == Dialogue(asks="Q: ")
+    assert actual.results[0].test_prompts[0].startswith("Q: ")
     again = tv.run_experiment(llama.bridge, [LETTERS], template=Dialogue(asks="Q: "), folder=tmp_path / "run", **SMALL)
-    assert again == found
+    assert again == actual
     roles = tv.show_tokens(llama.bridge, prompts[0], positions="separators")
     assert sum(roles.edited) == 3
 

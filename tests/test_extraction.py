@@ -59,12 +59,12 @@ def test_the_worked_example() -> None:
     torch.testing.assert_close(vectors.at(2), torch.tensor([[0.5] * 4, [2.5] * 4]))
 
 
-def test_across_averages_the_prompts_that_know_nothing_of_the_query() -> None:
+def test_across_averages_the_prompts_that_do_not_contain_the_query() -> None:
     prompts = [
         Prompt((Example("a", "A"),), "q"),
         Prompt((Example("b", "B"),), "r"),
         Prompt((Example("q", "Q"),), "s"),  # shows the first one's query
-        Prompt((Example("c", "C"),), "q"),  # asks it too
+        Prompt((Example("c", "C"),), "q"),  # also asks the first one's query
     ]
     reads = {prompt.text: torch.full((3, 4), 10.0**i) for i, prompt in enumerate(prompts)}
     vectors = tv.extract_across(Canned(reads), prompts)
@@ -148,7 +148,7 @@ def test_layers_do_not_count_from_the_end(as_users_run_it: None) -> None:
             vectors.at(layer)
 
 
-def test_vectors_keep_to_themselves_and_hold_no_nan() -> None:
+def test_vectors_are_copied_and_hold_no_nan() -> None:
     mine = torch.ones(2, 3, 4)
     vectors = TaskVectors(mine, "m", "t")
     mine.zero_()

@@ -58,7 +58,7 @@ def experiment() -> Experiment:
 
 
 def damaged(content: bytes, rounds: int, seed: int) -> Iterator[bytes]:
-    """Cut short at every byte, then with bytes or bits changed, put in or taken out, or a piece repeated."""
+    """Truncated at every byte; then with bytes or bits changed, inserted or removed, or a piece repeated."""
     draw = random.Random(seed)
     yield from (content[:kept] for kept in range(0, len(content), max(1, len(content) // rounds)))
     special = (b"\0", b'"', b"{", b"[", b"\xff", b"\xef\xbb\xbf", b"\r", b"\\ud800", b"NaN", b"9" * 5000, b",", b"\n")
@@ -83,7 +83,7 @@ def damaged(content: bytes, rounds: int, seed: int) -> Iterator[bytes]:
 
 
 def retyped(data: Any) -> Iterator[Any]:
-    """The same JSON with each of its values in turn of another type, or gone."""
+    """The same JSON with each of its values in turn replaced by another type or removed."""
     others = (None, True, 3, -1, 1.5, 10**30, "text", "", [], {}, ["text"], [1], {"text": 1}, [[]])
     places: list[tuple[Any, ...]] = []
 
@@ -111,7 +111,7 @@ def retyped(data: Any) -> Iterator[Any]:
 
 
 def read(load: Callable[[Path], Any], path: Path, content: bytes) -> Any:
-    """What is loaded; or None where the file was refused, with an error that names it and is short enough to read."""
+    """What was loaded; None if the file was refused with a short error that names it."""
     path.write_bytes(content)
     try:
         return load(path)
@@ -150,7 +150,7 @@ def test_a_damaged_task_gives_pairs_of_texts_or_names_the_file(tmp_path: Path, k
     assert refused > ROUNDS / 4
 
 
-def test_json_of_other_types_is_no_task(tmp_path: Path) -> None:
+def test_json_of_other_types_is_not_a_task(tmp_path: Path) -> None:
     for data in retyped([["hot", "cold"], ["big", ["small", "little"]]]):
         task = read(tv.Task.from_file, tmp_path / "t.json", json.dumps(data).encode())
         if task is not None:
@@ -194,7 +194,7 @@ def test_the_same_pairs_however_they_are_written(tmp_path: Path, name: str, cont
         ("t.csv", b"a,b\n" + b"c" * 10**5 + b"\n", "line 2: .* is not a pair"),
     ],
 )
-def test_what_is_no_task_says_so_shortly(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_file_that_is_not_a_task_gives_a_short_error(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as raised:
         tv.Task.from_file(tmp_path / name)
@@ -202,7 +202,7 @@ def test_what_is_no_task_says_so_shortly(tmp_path: Path, name: str, content: byt
     assert len(str(raised.value)) < 1000
 
 
-def test_half_a_character_is_refused_wherever_a_task_comes_from() -> None:
+def test_a_lone_surrogate_is_refused_wherever_a_task_comes_from() -> None:
     for make in (
         lambda: tv.Task("t", ("a", "b\udc00"), str.upper),
         lambda: tv.Task("t\udcff", ("a", "b"), str.upper),
@@ -214,7 +214,7 @@ def test_half_a_character_is_refused_wherever_a_task_comes_from() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems have no such names")
-def test_a_file_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.json"))
     try:
         path.write_text('{"a": "b"}')
@@ -227,7 +227,7 @@ def test_a_file_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["t.json", "t.csv", "t.safetensors", "none\0.json", "missing/t.csv", "x" * 300 + ".csv"]
 )
-def test_folders_and_paths_to_nothing_are_errors_of_the_file(tmp_path: Path, name: str) -> None:
+def test_folders_and_missing_files_are_clear_errors(tmp_path: Path, name: str) -> None:
     for made in ("t.json", "t.csv", "t.safetensors"):
         (tmp_path / made).mkdir()
     load = tv.TaskVectors.load if name.endswith("safetensors") else tv.Task.from_file
@@ -256,7 +256,7 @@ def with_header(content: bytes, ours: Any) -> bytes:
     return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
-def test_damaged_vectors_are_the_same_or_name_the_file(tmp_path: Path) -> None:
+def test_damaged_vectors_are_read_correctly_or_name_the_file(tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     VECTORS.save(path)
     content = path.read_bytes()
@@ -264,11 +264,11 @@ def test_damaged_vectors_are_the_same_or_name_the_file(tmp_path: Path) -> None:
     for kept in range(len(content)):
         assert vectors_in(path, content[:kept]) is None
     for changed in damaged(content, ROUNDS, seed=2):
-        found = vectors_in(path, changed)
-        refused += found is None
-        if found is not None:
-            assert torch.equal(found.values, VECTORS.values)
-            assert (found.model, found.task, found.prompts) == (VECTORS.model, VECTORS.task, VECTORS.prompts)
+        actual = vectors_in(path, changed)
+        refused += actual is None
+        if actual is not None:
+            assert torch.equal(actual.values, VECTORS.values)
+            assert (actual.model, actual.task, actual.prompts) == (VECTORS.model, VECTORS.task, VECTORS.prompts)
     assert refused > ROUNDS / 2
 
 
@@ -294,9 +294,9 @@ def test_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:
     content = (tmp_path / "v.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     ours = json.loads(content[8 : 8 + length])["__metadata__"]["tv_lens"]
-    found = vectors_in(tmp_path / "v.safetensors", with_header(content, json.loads(ours)))
-    assert found is not None
-    assert torch.equal(found.values, VECTORS.values)
+    actual = vectors_in(tmp_path / "v.safetensors", with_header(content, json.loads(ours)))
+    assert actual is not None
+    assert torch.equal(actual.values, VECTORS.values)
 
 
 def test_a_header_of_other_types_is_refused_or_right(tmp_path: Path) -> None:
@@ -306,20 +306,20 @@ def test_a_header_of_other_types_is_refused_or_right(tmp_path: Path) -> None:
     (length,) = struct.unpack("<Q", content[:8])
     ours = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["tv_lens"])
     for changed in retyped(ours):
-        found = vectors_in(path, with_header(content, changed))
-        if found is not None:  # a text for a text, or a list of texts for another
-            assert isinstance(found.task, str)
-            assert isinstance(found.model, str)
-            assert found.prepend_bos in (None, True, False)
-            assert not isinstance(found.prepend_bos, int) or isinstance(found.prepend_bos, bool)
-            assert all(isinstance(text, str) for text in found.prompts)
-            assert list(found.prompts) == changed["prompts"]
-            assert [list(queries) for queries in found.substitutes] == changed["substitutes"]
+        actual = vectors_in(path, with_header(content, changed))
+        if actual is not None:  # one text replaced by another, or one list of texts
+            assert isinstance(actual.task, str)
+            assert isinstance(actual.model, str)
+            assert actual.prepend_bos in (None, True, False)
+            assert not isinstance(actual.prepend_bos, int) or isinstance(actual.prepend_bos, bool)
+            assert all(isinstance(text, str) for text in actual.prompts)
+            assert list(actual.prompts) == changed["prompts"]
+            assert [list(queries) for queries in actual.substitutes] == changed["substitutes"]
     for text in ("[" * 100_000, '{"format": 1, "format": 1}', '{"format": NaN}', '{"format": ' + "1" * 5000 + "}"):
         assert vectors_in(path, with_header(content, text)) is None
 
 
-def test_numbers_that_are_none_name_the_file(tmp_path: Path) -> None:
+def test_nan_in_a_file_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     for values in (torch.full((1, 2, 3), torch.nan), torch.full((1, 2, 3), torch.inf), torch.zeros(0, 2, 3)):
         VECTORS.save(path)
@@ -335,7 +335,7 @@ def _header_text(path: Path) -> str:
 
 
 class Trap:
-    """A pickle of it makes a file when it is loaded."""
+    """Its pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -367,34 +367,34 @@ def test_no_file_is_run(tmp_path: Path) -> None:
 # Experiments
 
 
-def test_a_damaged_experiment_can_be_used_or_names_the_file(tmp_path: Path) -> None:
+def test_a_damaged_experiment_is_usable_or_names_the_file(tmp_path: Path) -> None:
     experiment().save(tmp_path / "e.json")
     content = (tmp_path / "e.json").read_bytes()
     refused = 0
     for changed in damaged(content, ROUNDS // 2, seed=3):
-        found = read(tv.Experiment.load, tmp_path / "e.json", changed)
-        refused += found is None
-        if found is not None:
-            assert len(found.to_pandas()) == sum(len(each.evaluation.conditions) for each in found.results)
-            assert len(found.summary()) == len(found.results)
+        actual = read(tv.Experiment.load, tmp_path / "e.json", changed)
+        refused += actual is None
+        if actual is not None:
+            assert len(actual.to_pandas()) == sum(len(each.evaluation.conditions) for each in actual.results)
+            assert len(actual.summary()) == len(actual.results)
     assert refused > ROUNDS / 8
 
 
-def test_an_experiment_of_other_types_can_be_used_or_names_the_file(tmp_path: Path) -> None:
+def test_an_experiment_of_other_types_is_usable_or_names_the_file(tmp_path: Path) -> None:
     experiment().save(tmp_path / "e.json")
     read_back = 0
     for changed in retyped(json.loads((tmp_path / "e.json").read_bytes())):
-        found = read(tv.Experiment.load, tmp_path / "e.json", json.dumps(changed).encode())
-        if found is not None:
+        actual = read(tv.Experiment.load, tmp_path / "e.json", json.dumps(changed).encode())
+        if actual is not None:
             read_back += 1
-            [result] = found.results
+            [result] = actual.results
             assert result.sweep.best in result.sweep.layers
-            assert found.to_pandas()["n"].tolist() == [2] * (3 + len(result.evaluation.controls))
-            assert isinstance(found._repr_html_(), str)
+            assert actual.to_pandas()["n"].tolist() == [2] * (3 + len(result.evaluation.controls))
+            assert isinstance(actual._repr_html_(), str)
             for each in (*result.sweep.scores, *result.evaluation.conditions.values()):
                 assert all(isinstance(text, str) for text in (*each.texts, *each.answers))
                 assert len(each.texts) == len(each.correct) == 2
-    assert read_back > 100  # a text for a text
+    assert read_back > 100  # one text replaced by another
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -404,8 +404,8 @@ def test_an_experiment_in_another_encoding_is_the_same(tmp_path: Path, encoding:
     assert tv.Experiment.load(tmp_path / "e.json") == experiment()
 
 
-def test_half_characters_survive_saving(tmp_path: Path) -> None:
-    """A function may answer with anything, and an hour's work is not lost for it."""
+def test_lone_surrogates_survive_saving(tmp_path: Path) -> None:
+    """A custom function may return anything; an hour's work must not be lost because of it."""
     [result], text = experiment().results, "\ud800 and \\ud800 and 🦊"
     score = Score((text, "b"), (text, "B"), (True, False))
     odd = TaskResult(
@@ -426,7 +426,7 @@ def test_half_characters_survive_saving(tmp_path: Path) -> None:
     assert from_json(to_json({text: [text]})) == {text: [text]}
 
 
-def test_json_that_can_be_read_in_two_ways_is_refused() -> None:
+def test_ambiguous_json_is_refused() -> None:
     for wrong in ('{"a": 1, "a": 2}', '[{"b": {"a": 1, "a": 1}}]', "NaN", "[-Infinity]", "[" * 100_000):
         with pytest.raises(ValueError, match=r"duplicate key|is not a JSON number|nested too deeply"):
             from_json(wrong)

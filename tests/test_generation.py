@@ -24,25 +24,25 @@ def vectors_for(twins: Twins, n: int, seed: int = 3) -> TaskVectors:
 
 def test_patched_logits_are_a_plain_hook_that_overwrites(twins: Twins) -> None:
     vectors, layers = vectors_for(twins, 4), [3, 0, 2, 1]
-    found = tv.patched_logits(twins.bridge, PROMPTS, vectors, layers)
+    actual = tv.patched_logits(twins.bridge, PROMPTS, vectors, layers)
     for i, prompt in enumerate(PROMPTS):
         ids = ids_of(twins.bridge, prompt.text)
         write = (layers[i], ids.shape[1] - 1, vectors.values[i, layers[i]])
-        torch.testing.assert_close(found[i], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
+        torch.testing.assert_close(actual[i], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
 def test_longer_patched_answers_equal_running_the_whole_text_again(twins: Twins, layer: int) -> None:
     """The oracle has no cache: the whole text each step, the hook at the same absolute position."""
     vectors = vectors_for(twins, 4)
-    found = tv.patch_generate(twins.bridge, PROMPTS, vectors, layer, max_new_tokens=6)
+    actual = tv.patch_generate(twins.bridge, PROMPTS, vectors, layer, max_new_tokens=6)
     plain = tv.generate(twins.bridge, PROMPTS, max_new_tokens=6)
     for i, prompt in enumerate(PROMPTS):
         ids = ids_of(twins.bridge, prompt.text)
         write = (layer, ids.shape[1] - 1, vectors.values[i, layer])
-        assert until_end(found.tokens[i]) == until_end(torch.tensor(plain_generate(twins, ids, 6, write)))
+        assert until_end(actual.tokens[i]) == until_end(torch.tensor(plain_generate(twins, ids, 6, write)))
         assert until_end(plain.tokens[i]) == until_end(torch.tensor(plain_generate(twins, ids, 6)))
-    assert not torch.equal(found.tokens, plain.tokens)
+    assert not torch.equal(actual.tokens, plain.tokens)
 
 
 @pytest.mark.parametrize("make_sampler", [lambda: tv.greedy, lambda: tv.sample(temperature=2.0, seed=5)])
@@ -60,7 +60,7 @@ def test_a_batch_gives_what_each_row_gives_alone(twins: Twins, make_sampler) -> 
     assert [again[order.index(i)] for i in range(4)] == list(together)
 
 
-def test_patch_generate_leaves_the_demonstrations_out() -> None:
+def test_patch_generate_drops_the_demonstrations() -> None:
     twins = make_twins("gpt2")
     shown = [Prompt((tv.Example("hot", "cold"),), query, template=NEVER) for query in QUERIES]
     vectors = vectors_for(twins, 4)
@@ -68,7 +68,7 @@ def test_patch_generate_leaves_the_demonstrations_out() -> None:
     assert torch.equal(with_them.tokens, without.tokens)
 
 
-def test_one_vector_serves_every_row() -> None:
+def test_one_vector_is_used_for_every_row() -> None:
     twins = make_twins("llama")
     mean = vectors_for(twins, 4).mean()
     repeated = replace(mean, values=mean.values.expand(4, -1, -1))
@@ -77,7 +77,7 @@ def test_one_vector_serves_every_row() -> None:
 
 
 def test_rows_stop_at_their_own_end() -> None:
-    """Each row's separator is a text its greedy answer comes to at a different step."""
+    """Each row's separator is a text that its greedy answer reaches at a different step."""
     twins = make_twins("llama")
     free = tv.generate(twins.bridge, PROMPTS, max_new_tokens=6)
     decode = twins.bridge.tokenizer.decode
@@ -89,11 +89,11 @@ def test_rows_stop_at_their_own_end() -> None:
         prompts.append(Prompt((), QUERIES[i], template=Template("{input} -> {output}", separator)))
         expected.append(decode(free.tokens[i, :first].tolist()).split(separator)[0].strip())
         lengths.append(first)
-    found = tv.generate(twins.bridge, prompts, max_new_tokens=6)
-    assert list(found) == expected
+    actual = tv.generate(twins.bridge, prompts, max_new_tokens=6)
+    assert list(actual) == expected
     for i, length in enumerate(lengths):
-        assert torch.equal(found.tokens[i, :length], free.tokens[i, :length])
-        assert (found.tokens[i, length:] == 2).all()  # the padding id
+        assert torch.equal(actual.tokens[i, :length], free.tokens[i, :length])
+        assert (actual.tokens[i, length:] == 2).all()  # the padding id
     assert len(set(lengths)) > 2
 
 
@@ -109,8 +109,8 @@ def test_the_end_of_text_ends_the_answer() -> None:
 def test_one_new_token_is_the_first_token_protocol() -> None:
     twins = make_twins("gpt2")
     vectors = vectors_for(twins, 4)
-    found = tv.patch_generate(twins.bridge, PROMPTS, vectors, 2, max_new_tokens=1)
-    assert torch.equal(found.tokens[:, 0], tv.patched_logits(twins.bridge, PROMPTS, vectors, 2).argmax(-1))
+    actual = tv.patch_generate(twins.bridge, PROMPTS, vectors, 2, max_new_tokens=1)
+    assert torch.equal(actual.tokens[:, 0], tv.patched_logits(twins.bridge, PROMPTS, vectors, 2).argmax(-1))
 
 
 def test_sampling_follows_the_seed_and_the_distribution() -> None:
@@ -129,8 +129,8 @@ def test_sampling_follows_the_seed_and_the_distribution() -> None:
 
 def test_identical_prompts_are_sampled_independently() -> None:
     twins = make_twins("llama")
-    found = tv.generate(twins.bridge, PROMPTS[:1] * 10, sampler=tv.sample(temperature=3.0), max_new_tokens=4)
-    assert len(set(found)) > 5
+    actual = tv.generate(twins.bridge, PROMPTS[:1] * 10, sampler=tv.sample(temperature=3.0), max_new_tokens=4)
+    assert len(set(actual)) > 5
 
 
 @pytest.mark.parametrize(
@@ -181,10 +181,10 @@ def test_a_tensor_instead_of_vectors_is_refused(as_users_run_it: None) -> None:
         tv.patch_generate(twins.bridge, PROMPTS, vectors_for(twins, 4).at(1), 1)  # type: ignore[arg-type]
 
 
-def test_each_step_draws_anew() -> None:
+def test_each_step_draws_again() -> None:
     flat = tv.sample(temperature=1e6, seed=0)
-    found = tv.generate(make_twins("llama").bridge, PROMPTS[:1], max_new_tokens=12, sampler=flat)
-    assert len(set(found.tokens[0].tolist())) > 6
+    actual = tv.generate(make_twins("llama").bridge, PROMPTS[:1], max_new_tokens=12, sampler=flat)
+    assert len(set(actual.tokens[0].tolist())) > 6
 
 
 def test_an_engine_that_cannot_continue_gives_one_token_and_refuses_more() -> None:
@@ -201,11 +201,11 @@ def test_an_engine_that_cannot_continue_gives_one_token_and_refuses_more() -> No
 
 
 def test_texts_without_bos_of_one_token_beside_long_ones() -> None:
-    """Rows of pads and nothing else before the last token must not spoil their neighbours, nor themselves."""
+    """Rows that are all pads before their last token must not change other rows, or be wrong themselves."""
     twins = make_twins("llama", make_tokenizer(bos=False))
     engine = tv.LocalEngine(twins.bridge, prepend_bos=False)
     prompts = [Prompt((), query, template=Template("{input}{output}")) for query in ("a", "the quick brown fox", "b")]
-    found = tv.generate(engine, prompts, max_new_tokens=3)
+    actual = tv.generate(engine, prompts, max_new_tokens=3)
     for i, prompt in enumerate(prompts):
         ids = ids_of(twins.bridge, prompt.text, False)
-        assert until_end(found.tokens[i]) == until_end(torch.tensor(plain_generate(twins, ids, 3)))
+        assert until_end(actual.tokens[i]) == until_end(torch.tensor(plain_generate(twins, ids, 3)))

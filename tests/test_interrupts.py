@@ -1,4 +1,4 @@
-"""Ctrl-C, wherever it comes: no hook and no half-written file is left, and the next call gives what it would have."""
+"""Ctrl-C at any time: no hook and no half-written file is left, and the next call gives the right result."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tv_lens import files
 __all__ = ["touched"]  # a fixture
 
 # How many lines of each call are interrupted, spread evenly; more for a long run.
-PLACES = int(os.environ.get("TV_LENS_PLACES", "4"))
+POINTS = int(os.environ.get("TV_LENS_PLACES", "4"))
 HOUSE = str(Path(tv.__file__).parent)
-# Between the end of a block and the first line of what puts things back, Python has no way to guard. What they call to
-# put things back is interrupted too.
+# Python cannot guard the gap between the end of a block and the first line of its cleanup. The functions that the
+# cleanup calls are interrupted too.
 UNGUARDED = {"tokenizer_unchanged", "model_unchanged", "computing", "output_hooks", "session", "finish"}
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 @contextmanager
 def interrupt_at(line: int, under: str = HOUSE) -> Iterator[list[str]]:
-    """Raises KeyboardInterrupt at that line of our own code, counted as they are run; gives all lines passed."""
+    """Raises KeyboardInterrupt at the given line of our own code, in the order run; yields all lines passed."""
     passed: list[str] = []
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
@@ -55,26 +55,26 @@ def interrupt_at(line: int, under: str = HOUSE) -> Iterator[list[str]]:
         sys.settrace(before)
 
 
-def outcome(found: Any) -> Any:
-    """What a call gave, in a form that compares."""
-    if isinstance(found, tv.TaskVectors):
-        return found.values.tolist()
-    if isinstance(found, torch.Tensor):
-        return found.tolist()
-    return found.texts if isinstance(found, tv.Completions) else found
+def outcome(actual: Any) -> Any:
+    """The result of a call, in a form that can be compared."""
+    if isinstance(actual, tv.TaskVectors):
+        return actual.values.tolist()
+    if isinstance(actual, torch.Tensor):
+        return actual.tolist()
+    return actual.texts if isinstance(actual, tv.Completions) else actual
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_an_interrupt_at_any_line_leaves_nothing_behind(touched: Twins, call: str) -> None:
     engine = tv.LocalEngine(touched.bridge, batch_size=2, progress=False)
     vectors = tv.TaskVectors(torch.ones(4, 4, 32), "tiny-gpt2", "t")
-    expected = outcome(CALLS[call](engine, vectors))  # what is checked once per model is checked now
+    expected = outcome(CALLS[call](engine, vectors))  # the checks made once per model are made now
     with interrupt_at(0) as lines:
         assert outcome(CALLS[call](engine, vectors)) == expected
     before = state_of(touched)
     assert len(lines) > 100
-    for place in range(PLACES):
-        line = 1 + (2 * place + 1) * len(lines) // (2 * PLACES)
+    for point in range(POINTS):
+        line = 1 + (2 * point + 1) * len(lines) // (2 * POINTS)
         with pytest.raises(KeyboardInterrupt), interrupt_at(line):
             CALLS[call](engine, vectors)
         assert_same(before, state_of(touched))
@@ -83,7 +83,7 @@ def test_an_interrupt_at_any_line_leaves_nothing_behind(touched: Twins, call: st
 
 @pytest.mark.parametrize("call", ["extract", "patched_logits"])
 def test_an_interrupt_while_hooks_change_leaves_nothing_behind(llama: Twins, call: str) -> None:
-    """TransformerLens's own lines; where Ctrl-C comes between them it leaves the hooks of a read on the model."""
+    """TransformerLens's own lines: a Ctrl-C between them leaves the hooks of a read on the model."""
     engine = tv.LocalEngine(llama.bridge, progress=False)
     vectors = tv.TaskVectors(torch.ones(4, 4, 32), "tiny-llama", "t")
     expected = outcome(CALLS[call](engine, vectors))  # the first run, at which TransformerLens hooks layer norms
@@ -91,8 +91,8 @@ def test_an_interrupt_while_hooks_change_leaves_nothing_behind(llama: Twins, cal
     for under in (hook_points.__file__, bridge_core.__file__):
         with interrupt_at(0, under) as lines:
             CALLS[call](engine, vectors)
-        for place in range(4 * PLACES):
-            line = 1 + (2 * place + 1) * len(lines) // (8 * PLACES)
+        for point in range(4 * POINTS):
+            line = 1 + (2 * point + 1) * len(lines) // (8 * POINTS)
             with pytest.raises(KeyboardInterrupt), interrupt_at(line, under):
                 CALLS[call](engine, vectors)
             assert_same(before, state_of(llama))
@@ -100,7 +100,7 @@ def test_an_interrupt_while_hooks_change_leaves_nothing_behind(llama: Twins, cal
 
 
 def interrupting(function: Callable[..., Any], at: int) -> Callable[..., Any]:
-    """The function, which is interrupted the `at`-th time."""
+    """The function, interrupted at its `at`-th call."""
     times = [0]
 
     def wrapped(*args: Any, **options: Any) -> Any:
@@ -113,25 +113,25 @@ def interrupting(function: Callable[..., Any], at: int) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("place", "call"),
-    [(place, call) for place in ("tokenising", "a later batch") for call in ("extract", "sampled", "sweep_layers")]
+    ("point", "call"),
+    [(point, call) for point in ("tokenizing", "a later batch") for call in ("extract", "sampled", "sweep_layers")]
     + [("decoding", "sampled"), ("decoding", "sweep_layers"), ("scoring", "sweep_layers"), ("scoring", "conflict")]
     + [("in a hook", "patch_generate"), ("in a hook", "sweep_layers")],
 )
-def test_named_places(touched: Twins, place: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_points(touched: Twins, point: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bridge = touched.bridge
     engine = tv.LocalEngine(bridge, batch_size=2, progress=False)
     vectors = tv.TaskVectors(torch.ones(4, 4, 32), "tiny-gpt2", "t")
     before = state_of(touched)
     expected = outcome(CALLS[call](engine, vectors))
     with monkeypatch.context() as patched:
-        if place == "tokenising":
+        if point == "tokenizing":
             patched.setattr(engine.text, "to_ids", interrupting(engine.text.to_ids, 2))
-        elif place == "a later batch":
+        elif point == "a later batch":
             patched.setattr(engine, "forward", interrupting(engine.forward, 2))
-        elif place == "decoding":
+        elif point == "decoding":
             patched.setattr(engine.text, "decode", interrupting(engine.text.decode, 2))
-        elif place == "scoring":
+        elif point == "scoring":
             patched.setattr(tv.Task, "right", interrupting(tv.Task.right, 2))
         else:
             patched.setattr(torch.Tensor, "clone", interrupting(torch.Tensor.clone, 2))
@@ -190,7 +190,7 @@ def test_every_line_of_saving_leaves_the_old_file_or_the_new(
     (tmp_path / name).unlink()
     with interrupt_at(0, files.__file__) as lines:
         save(tmp_path / name)
-    for line in range(1, len(lines) + 1):  # and if there was none
+    for line in range(1, len(lines) + 1):  # and if there was no old file
         (tmp_path / name).unlink(missing_ok=True)
         with pytest.raises(KeyboardInterrupt), interrupt_at(line, files.__file__):
             save(tmp_path / name)

@@ -1,4 +1,4 @@
-"""The built-in tasks, against a lexicon of English inflections, a gazetteer, and rules written a second time."""
+"""The built-in tasks, against a lexicon of inflections, a gazetteer, and a second implementation of the rules."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_words_are_in_lower_case_and_names_are_not(name: str) -> None:
         assert all(each[0].isupper() == names for each in (text, *answers(LIBRARY[name], text)))
 
 
-# The same rule a second time, written from what the task is called.
+# A second implementation of each rule, written from the task's name.
 RULES: dict[str, Callable[[str], str]] = {
     "next_letter": lambda c: "abcdefghijklmnopqrstuvwxyz"["abcdefghijklmnopqrstuvwxyz".index(c) + 1],
     "previous_letter": lambda c: "abcdefghijklmnopqrstuvwxyz"["abcdefghijklmnopqrstuvwxyz".index(c) - 1],
@@ -124,7 +124,7 @@ def test_translations_go_both_ways(language: str) -> None:
     there, back = LIBRARY[f"en_{language}"], LIBRARY[f"{language}_en"]
     for text in there.inputs:
         assert text in answers(back, there.answer(text))
-    # Words that look right in the wrong language are where a list goes wrong; these are from a school-book.
+    # Lists go wrong with words that look right but belong to another language; these pairs are from a textbook.
     known = {
         "fr": {"butter": "beurre", "key": "clé", "gold": "or", "arm": "bras", "bread": "pain", "son": "fils"},
         "es": {"butter": "mantequilla", "key": "llave", "gold": "oro", "arm": "brazo", "bread": "pan", "son": "hijo"},
@@ -146,16 +146,16 @@ def test_capitals_and_continents_are_those_of_a_gazetteer() -> None:
     for city in sorted(places.get_cities().values(), key=lambda city: city["population"]):
         largest[city["name"]] = places.get_countries()[city["countrycode"]]
     task, checked = LIBRARY["place_to_continent"], 0
-    for place in task.inputs:
-        found = countries.get(place) or largest.get(place)
-        if found:
-            assert continents[str(found["continentcode"])] in answers(task, place), place
+    for name in task.inputs:
+        actual = countries.get(name) or largest.get(name)
+        if actual:
+            assert continents[str(actual["continentcode"])] in answers(task, name), name
             checked += 1
     assert checked >= 80  # the others are mountains, states and the like
 
 
 def test_religions_and_languages_come_from_short_lists() -> None:
-    """A misspelt answer would stand alone."""
+    """A misspelled answer would occur only once."""
     religion, language = LIBRARY["place_to_religion"], LIBRARY["person_to_language"]
     assert {religion.answer(text) for text in religion.inputs} == {
         *("Christianity", "Islam", "Buddhism", "Hinduism", "Judaism")

@@ -32,28 +32,28 @@ def test_top_tokens_are_those_of_the_models_own_head(architecture: str) -> None:
     twins = make_twins(architecture)
     cfg, plain = twins.bridge.cfg, twins.plain
     values = torch.randn(3, cfg.n_layers, cfg.d_model, generator=torch.Generator().manual_seed(0)) * 3
-    found = tv.top_tokens(twins.bridge, TaskVectors(values, "tiny", "t"), 2, k=5)
+    actual = tv.top_tokens(twins.bridge, TaskVectors(values, "tiny", "t"), 2, k=5)
     body = plain.base_model
     norm = next(getattr(body, name) for name in ("ln_f", "norm", "final_layer_norm") if hasattr(body, name))
     with torch.no_grad():
         expected = plain.get_output_embeddings()(norm(values[:, 2])).softmax(-1).topk(5)
-    assert [list(row) for row in found.ids] == expected.indices.tolist()
-    torch.testing.assert_close(torch.tensor(found.probabilities), expected.values, atol=1e-5, rtol=0)
-    assert found.tokens[1][0] == twins.bridge.tokenizer.decode([found.ids[1][0]])
+    assert [list(row) for row in actual.ids] == expected.indices.tolist()
+    torch.testing.assert_close(torch.tensor(actual.probabilities), expected.values, atol=1e-5, rtol=0)
+    assert actual.tokens[1][0] == twins.bridge.tokenizer.decode([actual.ids[1][0]])
 
 
 def test_a_table_of_top_tokens_has_a_row_for_each_rank() -> None:
-    found = tv.TopTokens("t", 3, (("a", "b"), ("c", "<script>")), ((7, 8), (9, 10)), ((0.5, 0.25), (0.75, 0.125)))
-    table = found.to_pandas()
+    actual = tv.TopTokens("t", 3, (("a", "b"), ("c", "<script>")), ((7, 8), (9, 10)), ((0.5, 0.25), (0.75, 0.125)))
+    table = actual.to_pandas()
     assert table["vector"].tolist() == [0, 0, 1, 1]
     assert table["rank"].tolist() == [1, 2, 1, 2]
     assert table["token"].tolist() == ["a", "b", "c", "<script>"]
     assert table["id"].tolist() == [7, 8, 9, 10]
     assert table["probability"].tolist() == [0.5, 0.25, 0.75, 0.125]
-    assert "<script>" not in found._repr_html_()
+    assert "<script>" not in actual._repr_html_()
 
 
-def test_special_tokens_are_told_apart() -> None:
+def test_special_tokens_are_distinguished() -> None:
     """They decode to nothing; the unembedding is made to point to the BOS, id 0."""
     twins = make_twins("gpt2")
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_wrong_use_of_top_tokens_says_what_to_do(gpt2: Twins) -> None:
         tv.top_tokens(Canned({}), TaskVectors(torch.ones(1, 3, 4), "m", "t"), 1)
 
 
-def test_a_model_in_train_mode_is_read_and_left_so(gpt2: Twins) -> None:
+def test_a_model_in_train_mode_is_read_and_stays_in_train_mode(gpt2: Twins) -> None:
     vectors = TaskVectors(torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0)), "m", "t")
     expected = tv.top_tokens(gpt2.bridge, vectors, 1)
     gpt2.bridge.original_model.train()
@@ -112,11 +112,11 @@ def test_wrong_use_of_similarity_says_what_to_do() -> None:
 
 
 def test_tasks_are_compared_within_and_between() -> None:
-    """By hand: a's two are at right angles; b's two are alike and at 45 degrees to both; c has one vector."""
+    """By hand: a's two are orthogonal; b's two are equal and at 45 degrees to both; c has one vector."""
     a, b = vectors_of("a", [[1.0, 0.0], [0.0, 2.0]]), vectors_of("b", [[1.0, 1.0], [3.0, 3.0]])
     c = vectors_of("c", [[-1.0, 0.0]])
-    found, half = tv.compare_tasks([a, b, c], 1), math.sqrt(0.5)
-    table = found.to_pandas().set_index(["task", "other"])
+    actual, half = tv.compare_tasks([a, b, c], 1), math.sqrt(0.5)
+    table = actual.to_pandas().set_index(["task", "other"])
     assert table["pairs"].to_dict() == {
         ("a", "a"): 1, ("a", "b"): 4, ("a", "c"): 2, ("b", "b"): 1, ("b", "c"): 2, ("c", "c"): 0,
     }  # fmt: skip
@@ -125,50 +125,50 @@ def test_tasks_are_compared_within_and_between() -> None:
         assert table.loc[pair, "mean"] == pytest.approx(mean, abs=1e-6)
     assert (table.loc[("a", "c"), "lowest"], table.loc[("a", "c"), "highest"]) == pytest.approx((-1.0, 0.0))
     assert table["mean"].isna().to_dict()[("c", "c")]
-    assert found.within == pytest.approx((0 + 1) / 2, abs=1e-6)
-    assert found.between == pytest.approx((4 * half + 2 * -0.5 + 2 * -half) / 8, abs=1e-6)
-    matrix = found.matrix()
+    assert actual.within == pytest.approx((0 + 1) / 2, abs=1e-6)
+    assert actual.between == pytest.approx((4 * half + 2 * -0.5 + 2 * -half) / 8, abs=1e-6)
+    matrix = actual.matrix()
     assert list(matrix.index) == list(matrix.columns) == ["a", "b", "c"]
     assert matrix.loc["b", "a"] == matrix.loc["a", "b"] == pytest.approx(half)
 
 
-def test_the_permutation_test_is_exact_where_all_orders_can_be_tried() -> None:
-    """Five vectors have 120 orders: each is tried here in a loop of its own."""
+def test_the_permutation_test_is_exact_if_all_orders_can_be_tried() -> None:
+    """Five vectors have 120 orders: all are tried here in a separate loop."""
     draw = torch.Generator().manual_seed(3)
     a = TaskVectors(torch.randn(3, 1, 4, generator=draw) + 1, "tiny", "a")
     b = TaskVectors(torch.randn(2, 1, 4, generator=draw) - 1, "tiny", "b")
-    found = tv.compare_tasks([a, b], 0)
+    actual = tv.compare_tasks([a, b], 0)
 
     def gap(owners: tuple[int, ...]) -> float:
         same, other = [], []
         for i in range(5):
             for j in range(i):
-                (same if owners[i] == owners[j] else other).append(float(found.cosines[i, j]))
+                (same if owners[i] == owners[j] else other).append(float(actual.cosines[i, j]))
         return sum(same) / len(same) - sum(other) / len(other)
 
     truth = gap((0, 0, 0, 1, 1))
     orders = [gap(order) for order in permutations((0, 0, 0, 1, 1))]
     expected = sum(each >= truth - 1e-9 for each in orders) / len(orders)
-    assert found.p_value == pytest.approx(expected, abs=1e-9)
+    assert actual.p_value == pytest.approx(expected, abs=1e-9)
     assert 0 < expected < 1
 
 
-def test_vectors_that_are_alike_whatever_their_task_show_no_difference() -> None:
+def test_vectors_that_do_not_depend_on_the_task_show_no_difference() -> None:
     rows = torch.randn(40, 1, 16, generator=torch.Generator().manual_seed(0))
-    found = tv.compare_tasks([TaskVectors(rows[:20], "tiny", "a"), TaskVectors(rows[20:], "tiny", "b")], 0)
-    assert found.p_value is not None
-    assert found.p_value > 0.05
+    actual = tv.compare_tasks([TaskVectors(rows[:20], "tiny", "a"), TaskVectors(rows[20:], "tiny", "b")], 0)
+    assert actual.p_value is not None
+    assert actual.p_value > 0.05
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
     assert tv.compare_tasks([TaskVectors(rows[:20], "tiny", "a"), TaskVectors(rows[20:], "tiny", "b")], 0).p_value
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[union-attr]
 
 
-def test_single_vectors_have_nothing_within() -> None:
-    found = tv.compare_tasks([vectors_of("a", [[1.0, 0.0]]), vectors_of("b", [[0.0, 1.0]])], 1)
-    assert (found.within, found.between, found.p_value) == (None, 0.0, None)
-    assert "within tasks none, between tasks 0.00" in str(found)
-    assert "nan" not in found._repr_html_().lower()
+def test_single_vectors_have_no_similarity_within() -> None:
+    actual = tv.compare_tasks([vectors_of("a", [[1.0, 0.0]]), vectors_of("b", [[0.0, 1.0]])], 1)
+    assert (actual.within, actual.between, actual.p_value) == (None, 0.0, None)
+    assert "within tasks none, between tasks 0.00" in str(actual)
+    assert "nan" not in actual._repr_html_().lower()
     named = tv.compare_tasks([vectors_of("task", [[1.0, 0.0]]), vectors_of("other", [[0.0, 1.0]])], 1)
     assert named._repr_html_().count(">task<") == 2  # a column and a row
 
@@ -195,31 +195,33 @@ def test_wrong_use_of_a_comparison_says_what_to_do(as_users_run_it: None) -> Non
 # Maps
 
 
-def test_pca_keeps_what_differs_most() -> None:
+def test_pca_keeps_the_directions_of_most_variance() -> None:
     """Points on a plane, far apart along (3, 4, 0) / 5 and near along (0, 0, 1): distances stay as they are."""
     places = [(0.0, 0.0), (10.0, 1.0), (-10.0, 1.0), (4.0, -2.0)]
     rows = [[0.6 * x + 7, 0.8 * x, y] for x, y in places]
-    found = tv.map_vectors([vectors_of("a", rows[:2]), vectors_of("b", rows[2:])], 1)
+    actual = tv.map_vectors([vectors_of("a", rows[:2]), vectors_of("b", rows[2:])], 1)
     expected = cdist(np.array(places), np.array(places))
-    np.testing.assert_allclose(cdist(found.points, found.points), expected, atol=1e-4)
-    assert found.to_pandas()["task"].tolist() == ["a", "a", "b", "b"]
+    np.testing.assert_allclose(cdist(actual.points, actual.points), expected, atol=1e-4)
+    assert actual.to_pandas()["task"].tolist() == ["a", "a", "b", "b"]
     x, y = np.var([x for x, _ in places]), np.var([y for _, y in places])
-    assert found.axes == (f"component 1 ({x / (x + y):.0%} of the variance)", f"component 2 ({y / (x + y):.0%})")
+    assert actual.axes == (f"component 1 ({x / (x + y):.0%} of the variance)", f"component 2 ({y / (x + y):.0%})")
 
 
-def test_tsne_puts_a_tasks_vectors_beside_each_other() -> None:
+def test_tsne_puts_a_tasks_vectors_together() -> None:
     draw = torch.Generator().manual_seed(0)
     tasks = [
         TaskVectors(torch.eye(3)[i] * 5 + torch.randn(10, 1, 3, generator=draw) / 10, "tiny", name)
         for i, name in enumerate("abc")
     ]
     before = torch.get_rng_state()
-    found = tv.map_vectors(tasks, 0, method=tv.tsne(perplexity=5, seed=1))
+    actual = tv.map_vectors(tasks, 0, method=tv.tsne(perplexity=5, seed=1))
     again = tv.map_vectors(tasks, 0, method=tv.tsne(perplexity=5, seed=1))
-    assert torch.equal(found.points, again.points)
+    assert torch.equal(actual.points, again.points)
     assert torch.equal(torch.get_rng_state(), before)
-    distances = cdist(found.points, found.points) + np.diag([np.inf] * 30)
-    assert all(found.owners[int(near)] == owner for owner, near in zip(found.owners, distances.argmin(1), strict=True))
+    distances = cdist(actual.points, actual.points) + np.diag([np.inf] * 30)
+    assert all(
+        actual.owners[int(near)] == owner for owner, near in zip(actual.owners, distances.argmin(1), strict=True)
+    )
 
 
 def test_without_scikit_learn_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +234,7 @@ def test_without_scikit_learn_the_error_names_the_extra(monkeypatch: pytest.Monk
 
 
 def test_a_gerund_vector_names_gerunds_at_the_end(demo: TransformerBridge) -> None:
-    """Near the last layer it points to words in -ing; where it works best, at layer 20, to none yet."""
+    """Near the last layer it points to words in -ing; at layer 20, which works best, it does not yet."""
     task = tv.library()["present_to_gerund"]
     prompts = task.sample(20, shots=5, seed=0, template=tv.PAPER)
     vectors = tv.extract(demo, prompts, task.substitutes(prompts, 2, seed=0))
@@ -243,8 +245,8 @@ def test_a_gerund_vector_names_gerunds_at_the_end(demo: TransformerBridge) -> No
     other = tv.library()["place_to_continent"]
     asked = other.sample(20, shots=5, seed=0, template=tv.PAPER)
     continents = tv.extract(demo, asked, other.substitutes(asked, 2, seed=0))
-    found = tv.compare_tasks([vectors, continents], 24)
-    assert found.within is not None
-    assert found.between is not None
-    assert found.within > found.between + 0.1
-    assert found.p_value == pytest.approx(1 / 1000)
+    actual = tv.compare_tasks([vectors, continents], 24)
+    assert actual.within is not None
+    assert actual.between is not None
+    assert actual.within > actual.between + 0.1
+    assert actual.p_value == pytest.approx(1 / 1000)

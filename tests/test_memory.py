@@ -1,4 +1,4 @@
-"""Memory follows the batch and the result, not the number of prompts; and calls leave none behind.
+"""Memory depends on the batch and the result, not on the number of prompts, and is freed after each call.
 
 Tensors are counted as Python's garbage collector sees them while the model runs, each storage once; other objects as
 tracemalloc does.
@@ -28,11 +28,11 @@ MB = 2**20
 
 def live() -> dict[int, int]:
     """Bytes of each storage that any Python object holds."""
-    found: dict[int, int] = {}
+    actual: dict[int, int] = {}
     for each in gc.get_objects():
         if issubclass(type(each), torch.Tensor):
-            found[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
-    return found
+            actual[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return actual
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def peak(twins: Twins) -> Iterator[list[int]]:
     last = twins.bridge.original_model.model.layers[-1]
     handle = last.register_forward_hook(lambda module, args, output: seen.append(sum(live().values())))
     gc.collect()
-    gc.freeze()  # the collector no longer lists what is there already
+    gc.freeze()  # so that the collector lists only new objects
     try:
         yield seen
     finally:
@@ -75,7 +75,7 @@ CALLS: dict[str, Callable[[Any, int], Any]] = {
 
 
 def bound(n: int) -> int:
-    """What may grow: ids and mask of up to 30 positions, and twice the larger of the results, reads or logits."""
+    """What may grow: ids and mask of up to 30 positions, and twice the larger result (reads or logits)."""
     return n * (2 * 30 * 8 + 2 * 4 * max(4 * 32, 300) + 4 * 32 * 4)
 
 
@@ -101,7 +101,7 @@ class Hoarder(tv.LocalEngine):
 
 
 def test_the_measure_sees_a_cache_that_is_kept(llama: Twins) -> None:
-    """Or the test above would pass whatever was held."""
+    """Otherwise the test above could not fail."""
     hoarder = Hoarder(llama.bridge, batch_size=50, progress=False)
     with peak(llama) as seen:
         tv.generate(hoarder, PROMPTS[:500], max_new_tokens=1)
@@ -110,7 +110,7 @@ def test_the_measure_sees_a_cache_that_is_kept(llama: Twins) -> None:
 
 
 @pytest.mark.parametrize("call", ["extract", "extract_across", "patch_generate"])
-def test_python_objects_do_not_grow_with_the_square_either(llama: Twins, call: str) -> None:
+def test_python_objects_do_not_grow_quadratically_either(llama: Twins, call: str) -> None:
     """Two thousand lists of two thousand numbers would be 150 MB."""
     tracemalloc.start()
     try:

@@ -36,7 +36,7 @@ CALLS: dict[str, Callable[[Any, tv.TaskVectors], Any]] = {
 
 
 def state_of(twins: Twins) -> dict[str, Any]:
-    """All that a caller could notice."""
+    """Everything a caller could notice."""
     bridge, tokenizer = twins.bridge, twins.bridge.tokenizer
     modules = {
         f"{part}.{name}": module
@@ -82,7 +82,7 @@ pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 @pytest.fixture(scope="module")
 def touched() -> Twins:
-    """A model whose owner has left it half in train mode, partly frozen, with hooks and dropout of its own."""
+    """A model that is half in train mode and partly frozen, with the user's hooks and with dropout."""
     twins = make_twins("gpt2", make_tokenizer(pad="</s>"))
     bridge = twins.bridge
     bridge(bridge.to_tokens("a"))  # TransformerLens itself hooks the layer norms at a model's first run
@@ -101,7 +101,7 @@ def test_nothing_is_left_changed(touched: Twins, call: str) -> None:
     assert_same(before, state_of(touched))
 
 
-@pytest.mark.parametrize("call", sorted(CALLS.keys() - {"top_tokens", "first_token"}))  # which run no block
+@pytest.mark.parametrize("call", sorted(CALLS.keys() - {"top_tokens", "first_token"}))  # these run no block
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_changed_when_the_model_raises(touched: Twins, call: str, error: type[BaseException]) -> None:
     def fail(module: Any, args: Any) -> None:

@@ -34,19 +34,19 @@ def vectors_for(twins: Twins, n: int = 3, **changes: object) -> TaskVectors:
 def plain_logits(twins: Twins, text: str, edits: Sequence[tuple[int, int, Tensor, str]]) -> Tensor:
     """Next-token logits under plain hooks; an edit is layer, position from the end, vector, op."""
     ids = ids_of(twins.bridge, text)
-    plain = [PlainEdit("resid_post", layer, ids.shape[1] + place, vector, op) for layer, place, vector, op in edits]
+    plain = [PlainEdit("resid_post", layer, ids.shape[1] + at, vector, op) for layer, at, vector, op in edits]
     return hooked_run(twins, ids, plain)[1][-1]
 
 
-# How
+# Overwrite and add
 
 
 def test_added_vectors_are_plain_hooks_that_add(twins: Twins) -> None:
     vectors = vectors_for(twins)
-    found = tv.patched_logits(twins.bridge, PROMPTS, vectors, 2, how=tv.add(0.5))
+    actual = tv.patched_logits(twins.bridge, PROMPTS, vectors, 2, how=tv.add(0.5))
     for i, prompt in enumerate(PROMPTS):
         wanted = plain_logits(twins, prompt.zero_shot().text, [(2, -1, 0.5 * vectors.values[i, 2], "add")])
-        torch.testing.assert_close(found[i], wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(actual[i], wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_vectors_are_written_the_way_they_are_meant(gpt2: Twins) -> None:
@@ -61,14 +61,14 @@ def test_vectors_are_written_the_way_they_are_meant(gpt2: Twins) -> None:
 
 def test_several_layers_at_once(twins: Twins) -> None:
     vectors = vectors_for(twins)
-    found = tv.patched_logits(twins.bridge, PROMPTS, vectors, tv.layers(0, 2, 3), how=tv.add())
+    actual = tv.patched_logits(twins.bridge, PROMPTS, vectors, tv.layers(0, 2, 3), how=tv.add())
     for i, prompt in enumerate(PROMPTS):
         edits = [(layer, -1, vectors.values[i, layer], "add") for layer in (0, 2, 3)]
         wanted = plain_logits(twins, prompt.zero_shot().text, edits)
-        torch.testing.assert_close(found[i], wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(actual[i], wanted, atol=1e-4, rtol=1e-4)
 
 
-# Where
+# Positions
 
 
 def tokens(bridge_tokens: list[str]) -> list[str]:
@@ -77,7 +77,7 @@ def tokens(bridge_tokens: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_roles_by_hand(bos: bool) -> None:
-    """Each token of a prompt, and what it is for, in a tokenizer that is known."""
+    """The role of each token of a prompt, in a known tokenizer."""
     bridge = make_twins("llama", make_tokenizer(bos=bos)).bridge
     prompt = Prompt((Example("hot", "cold"), Example("big", "small")), "tall", template=Template())
     text = prompt.text
@@ -93,7 +93,7 @@ def test_roles_by_hand(bos: bool) -> None:
     assert by_role["boundary"] == "\n\n"
     assert by_role["query"] == "tall"
     assert table.roles[:2] == ("bos", "input")
-    # Without a BOS of its own the tokenizer's end of text is taken, which one should know.
+    # A tokenizer without a BOS uses its end-of-text token; users should know.
     assert table.tokens[0] == ("<s>" if bos else "</s>")
     assert table.bos.startswith(f"{table.tokens[0]!r} is put in front, as the model's configuration")
     assert ("it is also the end-of-text token" in table.bos) == (not bos)
@@ -117,8 +117,8 @@ def test_positions_by_hand() -> None:
     assert places["separators"] == arrows
     assert len(arrows) == 3
     assert arrows[-1] == -1
-    assert engine.text.decode([ids[place] for place in places["outputs"]]) == " cold small"
-    assert engine.text.decode([ids[place] for place in places["query"]]) == "tall"
+    assert engine.text.decode([ids[position] for position in places["outputs"]]) == " cold small"
+    assert engine.text.decode([ids[position] for position in places["query"]]) == "tall"
     assert engine.text.positions(prompt, ids, [-3, -1], 0) == [-3, -1]
     assert len(roles) == len(ids)
 
@@ -126,12 +126,12 @@ def test_positions_by_hand() -> None:
 @pytest.mark.parametrize("positions", ["last", "separators", "outputs", "query", "all", [-2], [-1, -3]])
 @pytest.mark.parametrize("keep", [True, False])
 def test_every_kind_of_position_is_plain_hooks_there(twins: Twins, positions: object, keep: bool) -> None:
-    """In batches of rows of unequal length, with other numbers of positions in each."""
+    """In batches of rows of unequal length, with a different number of positions in each."""
     if positions == "outputs" and not keep:
-        return  # a query alone has none; refused below
+        return  # a query alone has no such positions; refused below
     prompts = [replace(prompt, examples=SHOTS[: 1 + i % 2]) for i, prompt in enumerate(PROMPTS)]
     vectors = vectors_for(twins)
-    found = tv.patched_logits(
+    actual = tv.patched_logits(
         twins.bridge,
         prompts,
         vectors,
@@ -143,15 +143,15 @@ def test_every_kind_of_position_is_plain_hooks_there(twins: Twins, positions: ob
     for i, prompt in enumerate(prompts):
         asked = prompt if keep else prompt.zero_shot()
         table = tv.show_tokens(twins.bridge, prompt, positions=positions, keep_demonstrations=keep)  # type: ignore[arg-type]
-        places = [place for place, edited in zip(table.positions, table.edited, strict=True) if edited]
+        places = [position for position, edited in zip(table.positions, table.edited, strict=True) if edited]
         assert places
-        edits = [(1, place, vectors.values[i, 1], "add") for place in places]
-        torch.testing.assert_close(found[i], plain_logits(twins, asked.text, edits), atol=1e-4, rtol=1e-4)
+        edits = [(1, position, vectors.values[i, 1], "add") for position in places]
+        torch.testing.assert_close(actual[i], plain_logits(twins, asked.text, edits), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("positions", ["query", "separators", [-2, -1]])
 def test_a_sweep_at_several_positions_is_layer_by_layer(twins: Twins, positions: object) -> None:
-    """Prefixes are shared only up to where the first of the positions is."""
+    """Prefixes are shared only up to the first of the positions."""
     task = tv.Task("upper", ("a b", "bb c", "cold d", "dog e", "quick brown"), str.upper)
     prompts = task.sample(4, shots=2, seed=0, template=NEVER)
     vectors = vectors_for(twins, 4)
@@ -162,15 +162,15 @@ def test_a_sweep_at_several_positions_is_layer_by_layer(twins: Twins, positions:
         assert sweep.at(layer).texts == alone.texts
     for i, prompt in enumerate(prompts):
         table = tv.show_tokens(twins.bridge, prompt, positions=positions)  # type: ignore[arg-type]
-        places = [place for place, edited in zip(table.positions, table.edited, strict=True) if edited]
-        edits = [(2, place, 2 * vectors.values[i, 2], "add") for place in places]
+        places = [position for position, edited in zip(table.positions, table.edited, strict=True) if edited]
+        edits = [(2, position, 2 * vectors.values[i, 2], "add") for position in places]
         first = plain_logits(twins, prompt.text, edits).argmax()
         again = tv.patch_generate(twins.bridge, prompts, vectors, 2, **{**keywords, "max_new_tokens": 1})  # type: ignore[arg-type]
         assert again.tokens[i, 0] == first
 
 
 def test_an_edit_before_the_last_token_still_shares_the_prefix_before_it() -> None:
-    """4 layers side by side: the query once up to where the first edit is, then the rest for each layer."""
+    """4 layers in one batch: the query once up to the first edit, then the rest for each layer."""
     bridge = make_twins("llama").bridge
     task = tv.Task("t", ("a", "b", "x"), str.upper)
     prompts = task.sample(3, shots=1, seed=0, template=Template())
@@ -187,20 +187,20 @@ def test_an_edit_before_the_last_token_still_shares_the_prefix_before_it() -> No
 
 
 def test_every_step_continues_at_the_last_of_several_positions(gpt2: Twins) -> None:
-    """Steering all of a prompt and everything behind it: one vector per position, none twice."""
+    """Steering all of a prompt and everything after it: the vector once per position."""
     vector = torch.randn(32, generator=torch.Generator().manual_seed(8))
     vectors = TaskVectors(vector.expand(1, 4, -1), "tiny-gpt2", "t")
     texts = ["hot -> cold\nbig ->", "a b"]
     how = tv.add(1.5, every_step=True)
-    found = tv.patch_generate(gpt2.bridge, texts, vectors, 2, how=how, positions="all", max_new_tokens=3).tokens
+    actual = tv.patch_generate(gpt2.bridge, texts, vectors, 2, how=how, positions="all", max_new_tokens=3).tokens
     for row, text in enumerate(texts):
         ids = ids_of(gpt2.bridge, text)
         chosen: list[int] = []
         for _ in range(3):
-            edits = [PlainEdit("resid_post", 2, place, 1.5 * vector, "add") for place in range(ids.shape[1])]
+            edits = [PlainEdit("resid_post", 2, position, 1.5 * vector, "add") for position in range(ids.shape[1])]
             chosen.append(int(hooked_run(gpt2, ids, edits)[1][-1].argmax()))
             ids = torch.cat([ids, torch.tensor([chosen[-1:]])], dim=1)
-        assert until_end(found[row]) == until_end(torch.tensor(chosen))
+        assert until_end(actual[row]) == until_end(torch.tensor(chosen))
 
 
 # Evaluation, conflict and plain strings
@@ -211,27 +211,27 @@ def test_an_evaluation_takes_the_same_keywords(twins: Twins) -> None:
     prompts = task.sample(3, shots=2, seed=0, template=NEVER)
     vectors = vectors_for(twins, op="add", options={"substitutes": 1})
     keywords = {"how": tv.add(3.0), "positions": "separators", "keep_demonstrations": True, "max_new_tokens": 2}
-    found = tv.evaluate(twins.bridge, task, prompts, vectors, tv.layers(1, 3), **keywords)  # type: ignore[arg-type]
+    actual = tv.evaluate(twins.bridge, task, prompts, vectors, tv.layers(1, 3), **keywords)  # type: ignore[arg-type]
     alone = tv.patch_generate(twins.bridge, prompts, vectors, tv.layers(1, 3), **keywords)  # type: ignore[arg-type]
-    assert found.patched.texts == alone.texts
-    assert found.layer == (1, 3)
-    assert found.to_pandas()["layer"].tolist()[2] == (1, 3)
-    assert found.plot().layout.title.text.endswith("patched at layers 1, 3")
+    assert actual.patched.texts == alone.texts
+    assert actual.layer == (1, 3)
+    assert actual.to_pandas()["layer"].tolist()[2] == (1, 3)
+    assert actual.plot().layout.title.text.endswith("patched at layers 1, 3")
     keywords.pop("keep_demonstrations")
     clash = tv.conflict(twins.bridge, task, task, prompts, vectors, tv.layers(1, 3), **keywords)  # type: ignore[arg-type]
     assert clash.patched_task.texts == alone.texts
 
 
 def test_plain_strings_are_prompts(twins: Twins) -> None:
-    """Their continuation is kept as it is; they are not cut at anything but the end of text."""
+    """Their continuation is returned as it is, up to the end of text."""
     texts = ["the quick brown", "hot -> cold\nbig ->"]
     vectors = vectors_for(twins, 2)
-    found = tv.generate(twins.bridge, texts, max_new_tokens=5)
+    actual = tv.generate(twins.bridge, texts, max_new_tokens=5)
     patched = tv.patch_generate(twins.bridge, texts, vectors, 1, max_new_tokens=5)
     logits = tv.patched_logits(twins.bridge, texts, vectors, 1)
     for i, text in enumerate(texts):
-        kept = until_end(found.tokens[i])
-        assert found[i] == twins.bridge.tokenizer.decode(kept, skip_special_tokens=True)
+        kept = until_end(actual.tokens[i])
+        assert actual[i] == twins.bridge.tokenizer.decode(kept, skip_special_tokens=True)
         wanted = plain_logits(twins, text, [(1, -1, vectors.values[i, 1], "set")])
         torch.testing.assert_close(logits[i], wanted, atol=1e-4, rtol=1e-4)
         assert patched.tokens[i, 0] == wanted.argmax()
@@ -249,28 +249,28 @@ def test_extraction_at_any_site_and_position_is_the_mean_of_plain_hooks(
     task = tv.Task("upper", ("a", "bb", "cold", "dog", "quick brown", "fox", "wet", "x"), str.upper)
     prompts = task.sample(3, shots=2, seed=0, template=Template())
     substitutes = task.substitutes(prompts, 2, seed=0)
-    found = tv.extract(twins.bridge, prompts, substitutes, site=site, positions=positions)  # type: ignore[arg-type]
-    assert (found.site, found.layers, found.width) == (site, (0, 1, 2, 3), 32)
+    actual = tv.extract(twins.bridge, prompts, substitutes, site=site, positions=positions)  # type: ignore[arg-type]
+    assert (actual.site, actual.layers, actual.width) == (site, (0, 1, 2, 3), 32)
     for i, (prompt, queries) in enumerate(zip(prompts, substitutes, strict=True)):
         reads = []
         for query in queries:
             asked = prompt.asking(query)
             table = tv.show_tokens(twins.bridge, asked, positions=positions)  # type: ignore[arg-type]
-            places = [place for place, edited in zip(table.positions, table.edited, strict=True) if edited]
+            places = [position for position, edited in zip(table.positions, table.edited, strict=True) if edited]
             seen, _ = hooked_run(twins, ids_of(twins.bridge, asked.text))
             reads.append(torch.stack([seen[site.name, layer][0, places].mean(dim=0) for layer in range(4)]))
-        torch.testing.assert_close(found.values[i], torch.stack(reads).mean(dim=0), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(actual.values[i], torch.stack(reads).mean(dim=0), atol=1e-4, rtol=1e-4)
 
 
 def test_vectors_of_a_site_are_written_there(twins: Twins) -> None:
     values = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(6))
     for site in (tv.ATTN_OUT, tv.MLP_OUT, tv.HEADS):
         vectors = TaskVectors(values, twins.bridge.cfg.model_name, "t", site=site)
-        found = tv.patched_logits(twins.bridge, PROMPTS, vectors, 2)
+        actual = tv.patched_logits(twins.bridge, PROMPTS, vectors, 2)
         for i, prompt in enumerate(PROMPTS):
             ids = ids_of(twins.bridge, prompt.zero_shot().text)
             edit = PlainEdit(site.name, 2, ids.shape[1] - 1, values[i, 2])
-            torch.testing.assert_close(found[i], hooked_run(twins, ids, [edit])[1][-1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(actual[i], hooked_run(twins, ids, [edit])[1][-1], atol=1e-4, rtol=1e-4)
 
 
 def test_vectors_for_some_layers_only(gpt2: Twins) -> None:

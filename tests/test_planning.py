@@ -28,14 +28,14 @@ LIMITS = st.builds(
 
 
 @settings(max_examples=500, derandomize=True, database=None, deadline=None)
-@given(groups=GROUPS, limits=LIMITS, reach=st.integers(1, 4), room=st.integers(0, 6))
+@given(groups=GROUPS, limits=LIMITS, reach=st.integers(1, 4), new_tokens=st.integers(0, 6))
 def test_every_row_is_run_once_and_within_the_limits(
-    groups: list[list[list[int]]], limits: Limits, reach: int, room: int
+    groups: list[list[list[int]]], limits: Limits, reach: int, new_tokens: int
 ) -> None:
     rows = [tuple(row) for group in groups for row in group]
     group_of = [g for g, group in enumerate(groups) for _ in group]
     seen: list[int] = []
-    for batch in plan_batches(groups, limits, reach=reach, room=room):
+    for batch in plan_batches(groups, limits, reach=reach, new_tokens=new_tokens):
         for part in batch.parts:
             seen += part.rows
             assert len(part.rows) == len(part.ids)
@@ -45,15 +45,15 @@ def test_every_row_is_run_once_and_within_the_limits(
             for i, (row, ids) in enumerate(zip(part.rows, part.ids, strict=True)):
                 prefix = batch.prefixes[i // per_group] if batch.prefixes else ()
                 assert prefix + ids == rows[row]  # nothing is lost, and in order
-                assert not batch.prefixes or len(ids) >= reach  # edits and reads are behind the prefix
+                assert not batch.prefixes or len(ids) >= reach  # edits and reads come after the prefix
             lengths = {len(rows[row]) for row in part.rows}
             tails = {len(ids) for ids in part.ids}
-            if longest + room > limits.padded_up_to:
+            if longest + new_tokens > limits.padded_up_to:
                 assert len(lengths) == 1  # never padded
-                assert not batch.prefixes  # nor shared
+                assert not batch.prefixes  # and never shared
             if batch.prefixes and len(tails) > 1:
                 assert max(map(len, batch.prefixes)) + max(tails) <= limits.gaps_up_to
-            crosses = longest <= limits.padded_up_to < longest + room
+            crosses = longest <= limits.padded_up_to < longest + new_tokens
             assert batch.replay == (crosses and not limits.caches_beyond)
         if batch.prefixes:
             assert limits.shares_prefixes
@@ -98,7 +98,7 @@ def test_the_most_padded_row_is_an_example_of_padding(groups: list[list[list[int
         ({"d_vocab": 1000}, MAX_POSITIONS + 1, 1),
         ({"d_vocab": 256_000}, 10, MAX_LOGITS // 256_000),  # 262: a large vocabulary allows fewer rows
         ({"d_vocab": MAX_LOGITS + 1}, 1, 1),
-        ({"d_vocab": 256_000, "batch_size": 999}, 10, 999),  # the user knows
+        ({"d_vocab": 256_000, "batch_size": 999}, 10, 999),  # the user's choice wins
         ({"d_vocab": 1000, "max_rows": 3}, 1, 3),
         ({"d_vocab": 1000, "batch_size": 2, "max_rows": 3}, 1, 2),
         ({"d_vocab": 1000, "batch_size": 4, "max_rows": 3}, 1, 3),

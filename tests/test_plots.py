@@ -1,4 +1,4 @@
-"""Figures hold the numbers of their results, and can be told apart without colour."""
+"""Figures hold the numbers of their results, and are readable without color."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ FIGURES = {
 
 
 def trace(figure: go.Figure, name: str) -> go.BaseTraceType:
-    [found] = [each for each in figure.data if each.name == name]
-    return found
+    [actual] = [each for each in figure.data if each.name == name]
+    return actual
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -66,18 +66,18 @@ def test_every_figure_names_its_axes_and_escapes_text(name: str) -> None:
     assert figure.layout.title.text
     assert figure.layout.xaxis.title.text
     assert figure.layout.yaxis.title.text
-    # What a task is called is nobody's markup, and no template for what is shown under the pointer.
+    # A task's name is neither markup nor a hover template.
     whole = str(figure.to_dict())
     assert "<script>" not in whole
     assert "%{x}&lt;" not in whole
-    assert (SHOWN in whole) == (name not in ("sweep", "evaluation"))  # which name no task
+    assert (SHOWN in whole) == (name not in ("sweep", "evaluation"))  # these two do not name a task
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_no_two_series_differ_by_colour_alone(name: str) -> None:
+def test_no_two_series_differ_by_color_alone(name: str) -> None:
     series = [each for each in FIGURES[name]().data if each.showlegend is not False and each.type != "heatmap"]
     if name == "evaluation":
-        return  # each bar stands over its own name
+        return  # each bar is labeled by its name on the axis
 
     def look(each: go.BaseTraceType) -> tuple[object, ...]:
         if each.type == "bar":
@@ -85,7 +85,7 @@ def test_no_two_series_differ_by_colour_alone(name: str) -> None:
         return "line", each.mode, each.fill, each.line.dash, each.marker.symbol
 
     assert len({look(each) for each in series}) == len(series)
-    if name == "experiment":  # of the two bars without a pattern one is much brighter
+    if name == "experiment":  # one of the two bars without a pattern is much brighter
         assert brightness("#BFBFBF") > 2 * brightness("#0072B2")
         assert (trace(FIGURES[name](), "zero-shot").marker.color, trace(FIGURES[name](), "patched").marker.color) == (
             "#BFBFBF",
@@ -93,9 +93,9 @@ def test_no_two_series_differ_by_colour_alone(name: str) -> None:
         )
 
 
-def brightness(colour: str) -> float:
+def brightness(color: str) -> float:
     """WCAG's relative luminance."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
@@ -141,11 +141,11 @@ def test_a_conflict_is_scored_as_either_task() -> None:
     assert trace(figure, "as it is").x == (f"the demonstrated task,<br>{SHOWN}", "the vector's task,<br>rival")
 
 
-def test_a_heat_map_holds_mean_cosines_and_leaves_out_what_is_not_there() -> None:
-    [found] = ALIKE.plot().data
-    assert found.x == found.y == (SHOWN, "b", "c")
+def test_a_heat_map_holds_mean_cosines_and_leaves_out_missing_ones() -> None:
+    [actual] = ALIKE.plot().data
+    assert actual.x == actual.y == (SHOWN, "b", "c")
     half = (0.0, 1 / 6, 0.5), (1 / 6, 1 / 3, 0.0), (0.5, 0.0, None)
-    for row, expected in zip(found.z, half, strict=True):
+    for row, expected in zip(actual.z, half, strict=True):
         for value, each in zip(row, expected, strict=True):
             assert (value is None or math.isnan(value)) if each is None else value == pytest.approx(each)
 
@@ -156,7 +156,7 @@ def test_a_map_has_a_point_for_each_vector() -> None:
     assert first.marker.symbol != second.marker.symbol
 
 
-def test_tokens_that_read_alike_are_told_apart() -> None:
+def test_tokens_with_equal_texts_are_distinguished() -> None:
     first, second = TOKENS.plot().data
     assert first.y == ("'a'", r"'b\n'")
     assert second.y == ("'\ufffd' (9)", "'\ufffd' (10)")

@@ -1,4 +1,4 @@
-"""What is run, counted in token positions: nothing shared twice, nothing that nobody needs, whole prompts where a
+"""What is run, counted in token positions: no shared prefix twice, nothing unneeded, whole prompts if a
 cache cannot be forked. Counts are laws; times are for `benchmark.py`.
 """
 
@@ -12,14 +12,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
 
-# One-letter inputs, so that in this tokenizer every prompt of as many shots has as many tokens.
+# One-letter inputs: in this tokenizer all prompts with the same number of shots have equal length.
 LETTERS = tv.Task.from_mapping("letters", {letter: letter for letter in "bcdfjkmpvy"})
 
 
 @pytest.mark.parametrize("shots", [1, 3])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_extraction_runs_demonstrations_once(shots: int, k: int) -> None:
-    """P prompts of prefix n and k substitutes of tail t: P * (n + k * t) positions."""
+    """P prompts with a prefix of n tokens and k substitutes of t tokens: P * (n + k * t) positions."""
     bridge = make_twins("llama").bridge
     prompts = LETTERS.sample(4, shots=shots, seed=0, template=tv.Template())
     substitutes = LETTERS.substitutes(prompts, k, seed=0)
@@ -44,7 +44,7 @@ def test_a_sweep_runs_queries_once_and_then_a_token_a_layer(layers: list[int]) -
 
 
 def test_a_whole_task_extracts_and_sweeps_once() -> None:
-    """run_experiment beside the sum of its parts; P prompts of 1 shot and one new token all through."""
+    """run_experiment against the sum of its parts: P prompts of 1 shot, one new token throughout."""
     bridge = make_twins("llama").bridge
     run = count_positions(
         bridge, lambda: tv.run_experiment(bridge, [LETTERS], shots=1, n_dev=4, n_test=4, max_new_tokens=1)
@@ -65,35 +65,35 @@ def shared_tail(bridge: TransformerBridge, one: str, other: str) -> int:
 
 
 @pytest.mark.parametrize("name", ["mistral", "mamba", "qwen3_next", "lfm2"])
-def test_where_a_cache_cannot_be_forked_whole_prompts_are_run(name: str) -> None:
-    """A sliding window shorter than the prompts, with tails of unequal length, and recurrent state: as plain hooks."""
+def test_if_a_cache_cannot_be_forked_whole_prompts_are_run(name: str) -> None:
+    """A sliding window shorter than the prompts, and recurrent state: still equal to plain hooks."""
     twins = make_twins(name)
     words = ("hot", "a quick", "x", "tall fox", "wet", "brown", "b")
     task = tv.Task.from_mapping("words", {word: word for word in words})
     prompts = task.sample(4, shots=3, seed=0)
     substitutes = task.substitutes(prompts, 2, seed=0)
-    found = tv.extract(twins.bridge, prompts, substitutes)
+    actual = tv.extract(twins.bridge, prompts, substitutes)
     for i, (prompt, queries) in enumerate(zip(prompts, substitutes, strict=True)):
         texts = [prompt.asking(query).text for query in queries]
         plain = torch.stack([plain_run(twins, ids_of(twins.bridge, text))[0] for text in texts]).mean(0)
-        torch.testing.assert_close(found.values[i], plain, atol=1e-4, rtol=0)
+        torch.testing.assert_close(actual.values[i], plain, atol=1e-4, rtol=0)
     texts = [
         prompt.asking(query).text for prompt, queries in zip(prompts, substitutes, strict=True) for query in queries
     ]
     run = count_positions(twins.bridge, lambda: tv.extract(twins.bridge, prompts, substitutes))
     assert run >= sum(ids_of(twins.bridge, text).shape[1] for text in texts)  # nothing was shared
 
-    swept = tv.sweep_layers(twins.bridge, task, prompts, found, max_new_tokens=1)
+    swept = tv.sweep_layers(twins.bridge, task, prompts, actual, max_new_tokens=1)
     for layer, score in zip(swept.layers, swept.scores, strict=True):
         for i, prompt in enumerate(prompts):
             ids = ids_of(twins.bridge, prompt.zero_shot().text)
-            logits = plain_run(twins, ids, (layer, ids.shape[1] - 1, found.values[i, layer]))[1]
+            logits = plain_run(twins, ids, (layer, ids.shape[1] - 1, actual.values[i, layer]))[1]
             text = twins.bridge.tokenizer.decode([int(logits.argmax())], skip_special_tokens=True)
             assert score.texts[i] == prompt.template.cut(text)
 
 
 def test_rows_that_have_ended_leave_a_sweep_of_many_tokens() -> None:
-    """A vector that makes the model say its separator at once costs no second token."""
+    """A vector that makes the model give its separator at once costs no second token."""
     twins = make_twins("gpt2", make_tokenizer())
     prompts = LETTERS.sample(3, shots=1, seed=0, template=tv.Template())
     line_end = ids_of(twins.bridge, "\n", prepend_bos=False)[0, -1]

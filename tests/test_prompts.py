@@ -18,7 +18,7 @@ def test_a_prompt_is_written_as_the_template_says() -> None:
 
 
 def test_the_query_ends_where_the_answer_begins() -> None:
-    assert Template("{input} ->  {output}").ask("hot") == "hot ->"  # the answer's space belongs to its token
+    assert Template("{input} ->  {output}").ask("hot") == "hot ->"  # the space belongs to the answer's token
     assert Template("{input}\n{output}").ask("hot") == "hot\n"
     assert Template("{input} is {output}!").ask("hot ") == "hot  is"
 

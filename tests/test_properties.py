@@ -27,7 +27,7 @@ MANY = int(os.environ.get("TV_LENS_EXAMPLES", "0"))
 
 
 def tried(times: int) -> Callable[[Any], Any]:
-    """So many examples, the same in every run."""
+    """The given number of examples, the same in every run."""
     return settings(
         max_examples=MANY or times,
         derandomize=not MANY,
@@ -37,8 +37,8 @@ def tried(times: int) -> Callable[[Any], Any]:
     )
 
 
-# Texts as they come: any script and direction, emoji of several code points, line ends of all kinds, braces, control
-# characters, special tokens written out, and nothing at all. Half surrogate pairs are no texts; see below.
+# Arbitrary texts: any script and direction, emoji of several code points, all kinds of line ends, braces, control
+# characters, special tokens written out, and the empty text. Lone surrogates are not valid; see below.
 PIECES = (
     *("{input}", "{output}", "{", "}", "{}", "{0}", "%s", "\\n", "->", " -> ", "<s>", "</s>", "<pad>", "Ġ", "\ufeff"),
     *("\n", "\r\n", "\r", "\t", " ", "\0", "\x1b[2J", "\u2028", "\u00a0", "\u200d", "\u202e", "e\u0301", "\ufffd"),
@@ -80,9 +80,9 @@ def tokenizer() -> Any:
 
 
 def ids(text: str) -> Tensor:
-    """As Hugging Face's tokenizer gives them, except that a text which brings a BOS gets no second one."""
-    found = tokenizer()(text).input_ids
-    return torch.tensor([found[1:] if text.startswith("<s>") else found])
+    """As Hugging Face's tokenizer gives them, but a text that begins with a BOS does not get a second one."""
+    actual = tokenizer()(text).input_ids
+    return torch.tensor([actual[1:] if text.startswith("<s>") else actual])
 
 
 # Models
@@ -107,7 +107,7 @@ SHOTS = st.lists(st.tuples(SHORT, SHORT), max_size=2).map(tuple)
 
 
 def clear_steps(twins: Twins, start: Tensor, chosen: list[int], write: Any = None) -> bool:
-    """Whether each step's two best tokens are further apart than rounding: else either is right."""
+    """Whether each step's two best tokens differ by more than rounding; if not, either is correct."""
     for step in range(len(chosen)):
         seen = torch.cat([start, torch.tensor([chosen[:step]], dtype=torch.long)], dim=1)
         first, second = plain_run(twins, seen, write)[1].topk(2).values.tolist()
@@ -138,14 +138,14 @@ def test_tokens_are_those_of_each_prompt_alone(
     for row, prompt in enumerate(prompts):
         asked = ids(prompt.zero_shot().text)
         write = (layer, asked.shape[1] - 1, noise[row, layer])
-        for found, start, change in ((plain, ids(prompt.text), None), (patched, asked, write)):
+        for actual, start, change in ((plain, ids(prompt.text), None), (patched, asked, write)):
             expected = plain_generate(twins, start, 3, change)
             if clear_steps(twins, start, expected, change):
                 chosen = until_the_end(expected, prompt.template.separator)
-                assert found.tokens[row, : len(chosen)].tolist() == chosen
-                assert (found.tokens[row, len(chosen) :] == 2).all()  # the tokenizer's padding
+                assert actual.tokens[row, : len(chosen)].tolist() == chosen
+                assert (actual.tokens[row, len(chosen) :] == 2).all()  # the tokenizer's padding
                 written = tokenizer().decode(chosen, skip_special_tokens=True)
-                assert found[row] == written.split(prompt.template.separator)[0].strip()
+                assert actual[row] == written.split(prompt.template.separator)[0].strip()
 
 
 def until_the_end(chosen: list[int], separator: str) -> list[int]:
@@ -165,7 +165,7 @@ def until_the_end(chosen: list[int], separator: str) -> list[int]:
 def test_neither_order_nor_batch_size_changes_anything(
     inputs: list[str], order: list[int], batch_size: int, seed: int
 ) -> None:
-    """Vectors, the sweep's texts, and what is drawn by a sampler, which goes by the prompt and not by its row."""
+    """Vectors, the sweep's texts, and sampled answers, which depend on the prompt and not on its row."""
     bridge = twins_of("llama").bridge
     task = tv.Task("t", tuple(inputs), lambda text: text[::-1])
     prompts = task.sample(4, shots=2, seed=seed)
@@ -178,8 +178,8 @@ def test_neither_order_nor_batch_size_changes_anything(
     again = tv.extract(other, mixed, [substitutes[i] for i in order])
     torch.testing.assert_close(again.values, vectors.values[list(order)], atol=2e-4, rtol=1e-4)
 
-    def same(found: Any, expected: Any) -> bool:
-        return list(found) == [expected[i] for i in order]
+    def same(actual: Any, expected: Any) -> bool:
+        return list(actual) == [expected[i] for i in order]
 
     sweep = tv.sweep_layers(whole, task, prompts, vectors, max_new_tokens=2)
     turned = replace(vectors, values=vectors.values[list(order)], terms=())
@@ -191,7 +191,7 @@ def test_neither_order_nor_batch_size_changes_anything(
     assert same(tv.generate(other, mixed, max_new_tokens=2, sampler=tv.sample(seed=seed)), drawn)
 
 
-@functools.cache  # no fixture, which a failure would print in full
+@functools.cache  # not a fixture: a failure would print it in full
 def guarded() -> Twins:
     """A model that must not run."""
     twins = make_twins("llama")
@@ -204,25 +204,25 @@ def guarded() -> Twins:
     before=st.lists(ASKED, max_size=4),
     after=st.lists(ASKED, max_size=4),
     piece=st.sampled_from([piece for piece in PIECES if piece not in ("<s>",)]),
-    room=st.integers(1, 140),
+    new_tokens=st.integers(1, 140),
 )
 def test_a_prompt_too_long_is_refused_before_the_model_runs(
-    before: list[str], after: list[str], piece: str, room: int
+    before: list[str], after: list[str], piece: str, new_tokens: int
 ) -> None:
     long = piece * 130
     prompts = [tv.Prompt((), text) for text in (*before, long, *after)]
-    # Another prompt can be too long as well where much is to come: the first such one is named.
+    # With many new tokens another prompt can be too long too: the first one is named.
     lengths = [ids(prompt.text).shape[1] for prompt in prompts]
-    first = next(i for i, length in enumerate(lengths) if length + room - 1 > 128)
+    first = next(i for i, length in enumerate(lengths) if length + new_tokens - 1 > 128)
     message = rf"^prompt {first} has {lengths[first]} tokens.* and the context of tiny-llama is 128: "
     with pytest.raises(ValueError, match=message) as raised:
-        tv.generate(guarded().bridge, prompts, max_new_tokens=room)
+        tv.generate(guarded().bridge, prompts, max_new_tokens=new_tokens)
     assert len(str(raised.value)) < 600
 
 
 @tried(60)
 @given(before=TEXT, after=TEXT, half=st.characters(categories=["Cs"]), others=st.lists(SHORT, max_size=3))
-def test_half_a_character_is_refused_before_the_model_runs(
+def test_a_lone_surrogate_is_refused_before_the_model_runs(
     before: str, after: str, half: str, others: list[str]
 ) -> None:
     prompts = [tv.Prompt((), text) for text in (*others, before + half + after)]
@@ -250,7 +250,7 @@ def test_braces_in_data_and_template_are_data(
 ) -> None:
     pattern = before + "{input}" + between + "{output}" + after
     if pattern.count("{input}") != 1 or pattern.count("{output}") != 1 or not separator:
-        # Pieces that make up a field where they meet.
+        # Pieces that form a field when joined.
         with pytest.raises(ValueError, match=r"template"):
             tv.Template(pattern, separator)
         return
@@ -258,9 +258,9 @@ def test_braces_in_data_and_template_are_data(
     assert template.show(example_) == before + example_.input + between + example_.output + after
     asked = template.ask(example_.input)
     assert template.show(example_).startswith(asked)
-    told = example_.output + after
-    spaces = len(template.show(example_)) - len(asked) - len(told)  # they go with the answer's token
-    assert template.show(example_) == asked + " " * spaces + told
+    shown_answer = example_.output + after
+    spaces = len(template.show(example_)) - len(asked) - len(shown_answer)  # they belong to the answer's token
+    assert template.show(example_) == asked + " " * spaces + shown_answer
     if between:
         assert not asked.endswith(" ")
     prompt = tv.Prompt((example_, example_), example_.input, template=template)
@@ -275,7 +275,7 @@ def test_an_answer_is_cut_out_as_it_was_shown(output: str, between: str, separat
     if pattern.count("{input}") != 1 or pattern.count("{output}") != 1:
         return
     template = tv.Template(pattern, separator)
-    if (output + separator).find(separator) == len(output):  # else the output holds the separator, or begins it
+    if (output + separator).find(separator) == len(output):  # the output does not contain the separator
         assert template.cut(output + separator + more) == output.strip()
         assert template.cut(output) == output.strip()
         closed = tv.Template(pattern + ")", separator)
@@ -337,7 +337,7 @@ def test_parts_share_nothing_and_lose_nothing(inputs: list[str], fraction: float
 
 @tried(150)
 @given(texts=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=6, unique_by=lambda pair: pair[0]))
-def test_a_mapping_answers_with_what_it_holds(texts: list[tuple[str, str]]) -> None:
+def test_a_mapping_gives_its_own_answers(texts: list[tuple[str, str]]) -> None:
     task = tv.Task.from_mapping("t", dict(texts))
     assert [(text, task.answer(text)) for text in task.inputs] == texts
     assert all(task.right(answer, answer) for _, answer in texts)

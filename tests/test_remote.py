@@ -1,4 +1,4 @@
-"""The same numbers through a remote bridge as through a local one, on the CPU: Inspect always, vLLM where it is."""
+"""The same numbers through a remote bridge as through a local one, on the CPU; vLLM only if it is installed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ WORDS = tv.Task.from_mapping("upper", {word: word.upper() for word in ("a", "hot
 NEVER = tv.Template("{input} -> {output}", separator="\n\n\n\n")
 PROMPTS = WORDS.sample(4, shots=2, seed=0, template=NEVER)
 SUBSTITUTES = WORDS.substitutes(PROMPTS, 2, seed=0)
-# Sizes that fit the tiny model; no compiling, which would take minutes.
+# Sizes for the tiny model; no compilation, which would take minutes.
 VLLM = {"max_model_len": 128, "max_num_batched_tokens": 64, "enforce_eager": True, "dtype": torch.float32}
 
 
 class Pair(NamedTuple):
-    """One model, booted remotely and locally, and plain."""
+    """One model: remote, local, and in plain Hugging Face."""
 
     remote: RemoteBridge
     local: TransformerBridge
@@ -76,8 +76,8 @@ def same(pair: Pair) -> None:
     vectors, expected = (tv.extract(each, PROMPTS, SUBSTITUTES) for each in (remote, local))
     torch.testing.assert_close(vectors.values, expected.values, atol=1e-4, rtol=0)
     for layer in (0, [3, 2, 1, 0]):
-        found, wanted = (tv.patched_logits(each, PROMPTS, expected, layer) for each in (remote, local))
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+        actual, wanted = (tv.patched_logits(each, PROMPTS, expected, layer) for each in (remote, local))
+        torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=0)
         written, again = (tv.patch_generate(each, PROMPTS, expected, layer) for each in (remote, local))
         assert torch.equal(written.tokens, again.tokens)
     assert torch.equal(tv.generate(remote, PROMPTS).tokens, tv.generate(local, PROMPTS).tokens)
@@ -103,13 +103,13 @@ def test_inspect_reads_and_writes_as_plain_hooks(inspected: Pair) -> None:
     asked = [prompt.zero_shot() for prompt in PROMPTS]
     reads = read_texts(engine, [prompt.text for prompt in asked])
     task_vectors = tv.TaskVectors(vectors, engine.name, "t")
-    found = tv.patched_logits(engine, PROMPTS, task_vectors, 2)
+    actual = tv.patched_logits(engine, PROMPTS, task_vectors, 2)
     chosen = tv.patch_generate(engine, PROMPTS, task_vectors, 2, max_new_tokens=3).tokens
     for i, prompt in enumerate(asked):
         ids = ids_of(inspected.local, prompt.text)
         write = (2, ids.shape[1] - 1, vectors[i, 2])
         torch.testing.assert_close(reads[i], plain_run(twins, ids)[0], atol=1e-4, rtol=0)
-        torch.testing.assert_close(found[i], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
+        torch.testing.assert_close(actual[i], plain_run(twins, ids, write)[1], atol=1e-4, rtol=0)
         assert until_end(chosen[i]) == until_end(torch.tensor(plain_generate(twins, ids, 3, write)))
 
 
@@ -121,9 +121,9 @@ def test_a_read_sees_the_patches_before_it(inspected: Pair) -> None:
     vector = torch.full((1, 32), 2.0)
     past = engine.forward(tokens, edits=tv.Edits.per_row(vector, torch.tensor([1]))).past
     then = tokens.then(torch.tensor([7]))
-    found = engine.forward(then, read=[tv.RESID_POST], past=engine.fork(past)).reads[tv.RESID_POST]
+    actual = engine.forward(then, read=[tv.RESID_POST], past=engine.fork(past)).reads[tv.RESID_POST]
     ids = torch.cat([tokens.ids, torch.tensor([[7]])], dim=1)
-    torch.testing.assert_close(found[0], plain_run(twins, ids, (1, at, vector[0]))[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(actual[0], plain_run(twins, ids, (1, at, vector[0]))[0], atol=1e-4, rtol=0)
 
 
 def test_wrong_use_is_refused_before_anything_runs(inspected: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,9 @@ def test_wrong_use_is_refused_before_anything_runs(inspected: Pair, monkeypatch:
         tv.patch_generate(inspected.remote, PROMPTS, tv.TaskVectors(torch.zeros(4, 4, 32), name, "t"), 4)
 
 
-def test_what_cannot_patch_says_so_before_anything_runs(inspected: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_that_cannot_patch_say_so_before_anything_runs(
+    inspected: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An Inspect provider that holds no model, and vLLM's own driver, not running, as it is booted by default."""
     vectors = tv.TaskVectors(torch.zeros(1, 4, 32), "m", "t")
     monkeypatch.setattr(inspected.remote, "forward", refuse)
@@ -180,7 +182,7 @@ def test_vllm_gives_what_the_local_bridge_gives(vllm_folder: Path, settings: dic
     if torch.cuda.is_available() and torch.cuda.device_count() < devices:
         pytest.skip(f"needs {devices} GPUs")
     if not torch.cuda.is_available() and devices > 1 and "|" not in os.environ.get("VLLM_CPU_OMP_THREADS_BIND", ""):
-        pytest.skip("on CPUs two workers need cores of their own; set VLLM_CPU_OMP_THREADS_BIND='0|1'")
+        pytest.skip("on CPUs two workers need separate cores; set VLLM_CPU_OMP_THREADS_BIND='0|1'")
     local = TransformerBridge.boot_transformers(str(vllm_folder), device="cpu")
     with RemoteBridge.boot_vllm(str(vllm_folder), enable_position_interventions=True, **VLLM, **settings) as remote:
         same(Pair(remote, local, None))  # type: ignore[arg-type]

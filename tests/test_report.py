@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from html import unescape
@@ -24,7 +25,7 @@ OUTPUT = "<script>document.title=1</script>"
 
 @pytest.fixture(scope="module")
 def experiment() -> tv.Experiment:
-    """Two tasks of a random model, whose name, inputs and outputs hold what a page could take for its own."""
+    """Two tasks of a random model, whose name, inputs and outputs hold what could be mistaken for markup or script."""
     words = tuple(f"{a}{b}<i>" for a in "abcdefgh" for b in "uvwx")
     evil = tv.Task(
         EVIL,
@@ -57,13 +58,13 @@ def browser() -> Iterator[Any]:
         pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    # Without its own network, which the page must not want.
+    # Offline: the page must not need the network.
     for argument in ("headless=new", "no-sandbox", "disable-gpu", "window-size=1200,1000", "proxy-server=127.0.0.1:9"):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield found
-    found.quit()
+    actual = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield actual
+    actual.quit()
 
 
 def texts(browser: Any, selector: str) -> list[str]:
@@ -76,12 +77,12 @@ def test_it_opens_without_an_error_and_draws(browser: Any, page: Path, experimen
     assert browser.title == "Task vectors of tiny-llama"  # no text was run as a script
     assert texts(browser, "#results tbody tr td:first-child") == [EVIL, PLAIN]
     cells = texts(browser, "#results tbody tr:first-child td")
-    found = experiment.results[0].evaluation
+    actual = experiment.results[0].evaluation
     assert cells[1] == "</script><b>"
-    assert cells[2:6] == ["16", str(found.zero_shot), str(found.few_shot), str(found.patched)]
+    assert cells[2:6] == ["16", str(actual.zero_shot), str(actual.few_shot), str(actual.patched)]
     assert set(texts(browser, "[data-figure=overview] .ytick text")) == {EVIL, PLAIN}
     assert len(browser.find_elements("css selector", "[data-figure=overview] .barlayer .point")) == 6
-    # Nothing is fetched: what could be is written in the page.
+    # Nothing is fetched: everything is in the page.
     fetched = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert [name for name in fetched if not name.startswith("data:")] == []
 
@@ -107,7 +108,7 @@ def test_the_table_sorts_both_ways(browser: Any, page: Path, experiment: tv.Expe
         heading.find_element("css selector", "button").click()
         assert heading.get_attribute("aria-sort") == direction
         shown = texts(browser, "#results tbody td:first-child")
-        assert key_of(shown) == key_of(expected)  # which of two equal ones comes first is no matter
+        assert key_of(shown) == key_of(expected)  # the order of two equal ones does not matter
     assert browser.get_log("browser") == []
 
 
@@ -127,7 +128,7 @@ def test_a_task_opens_with_its_figure_and_answers(browser: Any, page: Path, expe
         f"Patched answers that are right: {right} of 16",
         f"Patched answers that are wrong: {16 - right} of 16",
     ]
-    assert 0 < right < 16  # or one of the tables would not be there
+    assert 0 < right < 16  # otherwise one of the tables would be missing
     shown = texts(browser, "#task-1 h3 + .wide tbody td:nth-child(2)")
     assert shown == [OUTPUT] * (min(right, 10) + min(16 - right, 10))
     assert browser.title == "Task vectors of tiny-llama"
@@ -160,22 +161,22 @@ def test_the_page_says_how_to_repeat_the_run(changes: dict[str, Any], tmp_path: 
     text = unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
     code = text.split('<pre id="repeat">')[1].split("</pre>")[0]
     assert "tv.library()['to_upper']" in code
-    if "max_new_tokens" not in changes:  # which has a rule of its own
+    if "max_new_tokens" not in changes:  # that run has another rule
         assert "replace(tv.library()['to_lower'], accepts=tv.exact_match)" in code
     assert "TransformerBridge.boot_transformers('tiny-gpt2', dtype=torch.float32)" in code
     # What only the user can fill in: custom tasks, and a model that is not on the hub.
     code = code.replace("own = {} ", "own = given ").replace("transformer_lens.TransformerBridge.boot_", "given_")
-    found: dict[str, Any] = {"given": {"own": own}, "given_transformers": lambda name, dtype: model}
-    exec(code, found)
-    assert found["experiment"].settings == experiment.settings
-    assert found["experiment"].results == experiment.results
+    actual: dict[str, Any] = {"given": {"own": own}, "given_transformers": lambda name, dtype: model}
+    exec(code, actual)
+    assert actual["experiment"].settings == experiment.settings
+    assert actual["experiment"].results == experiment.results
     for name, number in experiment.settings["versions"].items():
         assert f"<dt>{name}</dt><dd>{number}</dd>" in text
     assert f"<dd>{experiment.settings['template']['example']!r}, between demonstrations" in text
 
 
-def test_results_that_lack_something_are_refused(experiment: tv.Experiment, tmp_path: Path) -> None:
-    """A page never says less than the run: what a page needs is what a file must have."""
+def test_incomplete_results_are_refused(experiment: tv.Experiment, tmp_path: Path) -> None:
+    """A file must have everything that a page needs."""
     experiment.save(tmp_path / "whole.json")
     for lacking in ("layers", "rules"):
         data = json.loads((tmp_path / "whole.json").read_text(encoding="utf-8"))
@@ -190,6 +191,30 @@ def test_results_that_lack_something_are_refused(experiment: tv.Experiment, tmp_
     (tmp_path / "less.json").write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(ValueError, match="16 test prompts, 0 queries, for 6 and 16 answers"):
         tv.Experiment.load(tmp_path / "less.json")
+
+
+def test_a_small_file_that_claims_a_huge_model_costs_nothing(experiment: tv.Experiment, tmp_path: Path) -> None:
+    """100,000,000 layers in a file of some kilobytes: no list, axis or table of that many is made."""
+    experiment.save(tmp_path / "claims.json")
+    data = json.loads((tmp_path / "claims.json").read_text(encoding="utf-8"))
+    claimed = 100_000_000
+    data["settings"]["n_layers"] = claimed
+    for result in data["results"]:
+        result["sweep"]["n_layers"] = result["evaluation"]["n_layers"] = claimed
+        result["sweep"]["layers"] = [0, 1, 2, claimed - 1]
+    (tmp_path / "claims.json").write_text(json.dumps(data), encoding="utf-8")
+    loaded = tv.Experiment.load(tmp_path / "claims.json")
+    tracemalloc.start()
+    try:
+        loaded.report(tmp_path / "page.html")
+        for result in loaded.results:
+            result.sweep.plot()
+            result.sweep.to_pandas()
+        loaded.to_pandas()
+        highest = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert highest < 100 * 2**20
 
 
 def test_the_page_needs_no_other_file(page: Path) -> None:

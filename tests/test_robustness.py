@@ -61,8 +61,8 @@ def test_threads_take_turns() -> None:
 
     with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
         warnings.simplefilter("error")
-        found = list(pool.map(run, range(24)))
-    for number, result in enumerate(found):
+        actual = list(pool.map(run, range(24)))
+    for number, result in enumerate(actual):
         wanted = expected[number % len(jobs)]
         if isinstance(result, list):
             torch.testing.assert_close(torch.tensor(result), torch.tensor(wanted), atol=1e-5, rtol=0)
@@ -74,7 +74,7 @@ def test_threads_take_turns() -> None:
     assert_same(before, after)
 
 
-def test_a_thread_that_fails_lets_the_others_go_on() -> None:
+def test_a_thread_that_fails_does_not_stop_the_others() -> None:
     bridge = make_twins("gpt2").bridge
 
     def fail(logits: Tensor, keys: Any) -> Tensor:
@@ -121,8 +121,8 @@ def test_results_do_not_depend_on_global_defaults(name: str, kind: str) -> None:
 
     expected = everything()
     with default(kind):
-        found = everything()
-    for mine, wanted in zip(found, expected, strict=True):
+        actual = everything()
+    for mine, wanted in zip(actual, expected, strict=True):
         assert (mine.dtype, mine.device) == (wanted.dtype, wanted.device)
         assert torch.equal(mine, wanted)
 
@@ -167,7 +167,7 @@ def test_no_token_is_chosen_from_nan(gpt2: Twins, value: float) -> None:
             lambda: tv.score(TASK, PROMPTS, tv.generate(engine, PROMPTS)),
             lambda: tv.answer_logprobs(engine, PROMPTS),
         ):
-            with pytest.raises(tv.EngineError, match=r"tiny-gpt2: the logits behind prompt [14] are NaN or infinite"):
+            with pytest.raises(tv.EngineError, match=r"tiny-gpt2: the logits after prompt [14] are NaN or infinite"):
                 call()
     finally:
         handle.remove()
@@ -185,7 +185,7 @@ def test_reads_beyond_the_length_are_those_of_single_rows(name: str) -> None:
     engine = tv.LocalEngine(twins.bridge, progress=False)
     expected = torch.stack([plain_run(twins, ids_of(twins.bridge, text))[0] for text in LONG])
     torch.testing.assert_close(read_texts(engine, LONG), expected, atol=1e-4, rtol=1e-4)
-    # A prefix that is short, with rows behind it that are long.
+    # A short prefix with long rows after it.
     groups = [["b " * 15 + tail for tail in ("a", "b " * 10, "hot", "x y " * 12)], ["a b x", "a b y", "a b " * 14]]
     texts = [text for group in groups for text in group]
     expected = torch.stack([plain_run(twins, ids_of(twins.bridge, text))[0] for text in texts])
@@ -194,17 +194,17 @@ def test_reads_beyond_the_length_are_those_of_single_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", LENGTH_DEPENDENT)
 def test_answers_that_grow_beyond_the_length_are_those_of_the_whole_text(name: str) -> None:
-    """The rows have 35 to 60 tokens, and get 6 more; patched, too."""
+    """Rows of 35 to 60 tokens get 6 more, plain and patched."""
     twins = make_twins(name)
     vectors = vectors_for(twins.bridge, 1)
-    found = tv.generate(twins.bridge, list(LONG), max_new_tokens=6).tokens
+    actual = tv.generate(twins.bridge, list(LONG), max_new_tokens=6).tokens
     patched = tv.patch_generate(twins.bridge, list(LONG), vectors, 1, max_new_tokens=6).tokens
     swept = tv.sweep_layers(
         twins.bridge, TASK, [Prompt((), text, "A", NEVER) for text in LONG], vectors, max_new_tokens=3
     )
     for row, text in enumerate(LONG):
         ids = ids_of(twins.bridge, text)
-        assert until_end(found[row]) == until_end(torch.tensor(plain_generate(twins, ids, 6)))
+        assert until_end(actual[row]) == until_end(torch.tensor(plain_generate(twins, ids, 6)))
         write = (1, ids.shape[1] - 1, vectors.values[0, 1])
         assert until_end(patched[row]) == until_end(torch.tensor(plain_generate(twins, ids, 6, write)))
         asked = ids_of(twins.bridge, Prompt((), text, template=NEVER).text)
@@ -215,8 +215,8 @@ def test_answers_that_grow_beyond_the_length_are_those_of_the_whole_text(name: s
             assert swept.at(layer).texts[row] == NEVER.cut(text)
 
 
-def test_a_model_that_counts_pads_is_found_out_and_run_without() -> None:
-    """Its configuration says nothing: a hook adds what depends on the place in the padded row."""
+def test_a_model_that_counts_pads_is_detected_and_run_without_them() -> None:
+    """Its configuration says nothing: a hook adds a value that depends on the position in the padded row."""
     twins = make_twins("llama")
 
     def count_pads(module: Any, args: Any, kwargs: Any) -> Any:
@@ -231,9 +231,9 @@ def test_a_model_that_counts_pads_is_found_out_and_run_without() -> None:
     texts = ("a", "hot -> cold", "the quick brown fox", "b")
     expected = torch.stack([plain_run(twins, ids_of(twins.bridge, text))[0] for text in texts])
     with pytest.warns(tv.TvLensWarning, match=r"padded to \d+ is off by .*% from the same row alone") as warned:
-        found, again = [read_texts(tv.LocalEngine(twins.bridge, progress=False), texts) for _ in range(2)]
+        actual, again = [read_texts(tv.LocalEngine(twins.bridge, progress=False), texts) for _ in range(2)]
     assert len(warned) == 1
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -242,7 +242,7 @@ def test_a_model_that_counts_pads_is_found_out_and_run_without() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "mpt"])
 def test_a_torch_hook_on_a_block_is_respected(name: str) -> None:
-    """A read sees what the hook made of the block's output, and a vector is written behind it."""
+    """A read sees the hook's output, and a vector is written after the hook."""
     twins = make_twins(name)
 
     def double(module: Any, args: Any, output: Any) -> Any:
@@ -256,11 +256,11 @@ def test_a_torch_hook_on_a_block_is_respected(name: str) -> None:
     torch.testing.assert_close(read_texts(tv.LocalEngine(twins.bridge), texts), expected, atol=1e-4, rtol=1e-4)
     vectors = vectors_for(twins.bridge)
     for layer in (0, 1, 2):
-        found = tv.patched_logits(twins.bridge, PROMPTS, vectors, layer)
+        actual = tv.patched_logits(twins.bridge, PROMPTS, vectors, layer)
         for i, prompt in enumerate(PROMPTS):
             ids = ids_of(twins.bridge, prompt.zero_shot().text)
             wanted = plain_run(twins, ids, (layer, ids.shape[1] - 1, vectors.values[i, layer]))[1]
-            torch.testing.assert_close(found[i], wanted, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(actual[i], wanted, atol=1e-4, rtol=1e-4)
     assert len(blocks[1]._forward_hooks) == 1
 
 
@@ -301,12 +301,12 @@ def test_a_special_token_in_the_separator_ends_an_answer() -> None:
     def scripted(logits: Tensor, keys: Any) -> Tensor:
         return torch.tensor([said[int(key.split(":")[0])] for key in keys])
 
-    found = tv.generate(twins.bridge, prompts, max_new_tokens=len(said), sampler=scripted)
-    assert list(found) == ["cold", "cold"]
-    assert found.tokens[0].tolist() == said[: said.index(2) + 1]
+    actual = tv.generate(twins.bridge, prompts, max_new_tokens=len(said), sampler=scripted)
+    assert list(actual) == ["cold", "cold"]
+    assert actual.tokens[0].tolist() == said[: said.index(2) + 1]
     mixed = Template("{input} -> {output}", separator="\n<pad>big")
-    found = tv.generate(twins.bridge, [Prompt((), "a", template=mixed)], max_new_tokens=len(said), sampler=scripted)
-    assert list(found) == ["cold"]
+    actual = tv.generate(twins.bridge, [Prompt((), "a", template=mixed)], max_new_tokens=len(said), sampler=scripted)
+    assert list(actual) == ["cold"]
 
 
 # What is remembered about a model

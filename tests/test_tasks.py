@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import make_twins
 
-from tv_lens import Task, Template, exact_match, first_token, starts_with
+import tv_lens as tv
+from tv_lens import Rule, Task, Template, exact_match, first_token, starts_with
 
 WORDS = [f"w{i}" for i in range(30)]
 TASK = Task("upper", tuple(WORDS), str.upper)
@@ -88,6 +93,19 @@ def test_numbers_in_a_mapping_are_refused(as_users_run_it: None) -> None:
         Task.from_mapping("count", {"two": 2})  # type: ignore[dict-item]
 
 
+def test_one_answer_with_two_sets_of_alternatives_is_refused() -> None:
+    """Which of them would count for it would depend on the order."""
+    for mapping in (
+        {"big": ["small", "little"], "large": ["small", "tiny"]},
+        {"big": ["small", "little"], "large": "small"},
+        {"big": "small", "large": ["small", "tiny"]},
+    ):
+        with pytest.raises(ValueError, match="the answer 'small' of 'large' has the alternatives .*give it the same"):
+            Task.from_mapping("t", mapping)  # type: ignore[arg-type]
+    task = Task.from_mapping("t", {"big": ["small", "little"], "large": ["small", "little"]})
+    assert task.answers("small") == ("small", "little")
+
+
 def test_a_mapping_is_copied() -> None:
     table = {"hot": "cold", "big": "small"}
     task = Task.from_mapping("antonyms", table)
@@ -159,13 +177,48 @@ def test_a_file_of_many_rows_reads_like_the_mapping(tmp_path: Path) -> None:
         (starts_with, "3.", "3", True),
         (starts_with, "running_fast()", "running", True),
         (starts_with, "冷的", "冷", True),
+        # Numbers and their groups
+        (starts_with, "3,000", "3", False),
+        (starts_with, "3.5", "3", False),
+        (starts_with, "3'000", "3", False),
+        (starts_with, "3\u202f000", "3", False),
+        (starts_with, "٣٬٠٠٠", "٣", False),
+        (starts_with, "3, 4 and 5", "3", True),
+        (starts_with, "3. Then", "3", True),
+        (starts_with, "3rd", "3", False),
+        (starts_with, "3,000", "3,000", True),
+        # Words in scripts with spaces
+        (starts_with, "ספרים", "ספר", False),
+        (starts_with, "ספר טוב", "ספר", True),
+        (starts_with, "كتابة", "كتاب", False),
+        (starts_with, "كتاب جديد", "كتاب", True),
+        (starts_with, "서울은", "서울", False),
+        (starts_with, "서울 시", "서울", True),
+        (starts_with, "किताबें", "किताब", False),
+        (starts_with, "किताब है", "किताब", True),
+        (starts_with, "Москвы", "Москв", False),
+        (starts_with, "don't", "don", False),
+        (starts_with, "l’eau", "l", False),
+        (starts_with, "cold'", "cold", True),
+        # A character does not end before its marks
+        (starts_with, "e\u0301tat", "e", False),
+        (starts_with, "कि", "क", False),
+        (starts_with, "👩‍👩‍👧", "👩", False),
+        (starts_with, "🦊🦊", "🦊", True),
+        (starts_with, "冷\u0301", "冷", False),
+        # Scripts without spaces
+        (starts_with, "冷水", "冷", True),
+        (starts_with, "ひらがな", "ひら", True),
+        (starts_with, "ภาษาไทย", "ภาษา", True),
+        (starts_with, "cold冷", "cold", True),
+        (starts_with, "冷3", "冷", True),
     ],
 )
 def test_what_counts_as_right(rule, prediction: str, answer: str, right: bool) -> None:  # type: ignore[no-untyped-def]
     assert rule(prediction, answer) is right
 
 
-def test_a_first_token_is_whole_and_in_its_place() -> None:
+def test_a_first_token_is_complete_and_tokenized_in_context() -> None:
     """By hand: the tiny tokenizer knows " cold" as one token, and "->zebra" ends in z, e, br, a."""
     bridge = make_twins("llama").bridge
     assert bridge.tokenizer.tokenize("x -> cold")[-1] == "Ġcold"
@@ -196,3 +249,82 @@ def test_the_template_goes_into_the_prompts() -> None:
     [prompt] = TASK.sample(1, shots=1, seed=0, template=template)
     assert prompt.text.startswith("Q: w")
     assert " | Q: w" in prompt.text
+
+
+# Rules and their names
+
+
+def named_rule(prediction: str, answer: str) -> bool:
+    return prediction in {answer, answer.upper(), answer.lower()}
+
+
+def rule_factory(allowed: int) -> Any:
+    def rule(prediction: str, answer: str) -> bool:
+        return len(prediction) <= allowed
+
+    return rule
+
+
+class Callable_:
+    def __call__(self, prediction: str, answer: str) -> bool:
+        return True
+
+
+def test_functions_have_names_and_what_hides_its_state_has_none() -> None:
+    assert Rule.of(exact_match).name == "exact_match"
+    assert Rule.of(starts_with).name == "starts_with"
+    assert re.fullmatch(r"named_rule \(source [0-9a-f]{8}\)", Rule.of(named_rule).name)
+    # Two rules of one factory, two partials and two lambdas would have one name each.
+    for hiding in (rule_factory(3), partial(named_rule, answer="x"), lambda p, a: True, Callable_()):
+        assert not Rule.of(hiding).is_named
+        with pytest.raises(tv.TvLensError, match="task 't': its rule is .* which has no name"):
+            Rule.of(hiding).check_named("t")
+    assert Rule.of(Rule("mine", rule_factory(3))).name == "mine"
+
+
+def test_a_rules_name_is_the_same_in_every_process() -> None:
+    """Also if it holds a set, whose order depends on the hashing of the process."""
+    code = "import test_tasks; from tv_lens import Rule; print(Rule.of(test_tasks.named_rule).name)"
+    names = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(names) == 1
+    assert "named_rule (source " in names.pop()
+
+
+@pytest.mark.parametrize("hiding", [rule_factory(3), partial(named_rule, answer="x"), lambda p, a: True], ids=repr)
+def test_a_folder_is_refused_for_a_rule_without_a_name(hiding: Any, tmp_path: Path) -> None:
+    bridge = make_twins("gpt2").bridge
+    small: dict[str, Any] = {"shots": 1, "n_dev": 2, "n_test": 2, "max_new_tokens": 2, "layers": [1]}
+    task = Task("upper", tuple("abcdefgh"), str.upper, hiding)
+    tv.run_experiment(bridge, [task], **small)
+    with pytest.raises(tv.TvLensError, match="has no name, so a run kept in a folder"):
+        tv.run_experiment(bridge, [task], folder=tmp_path / "run", **small)
+    assert not (tmp_path / "run").exists()
+
+
+def test_defaults_agree_everywhere() -> None:
+    """One default template and one default rule, in Python and on the command line."""
+    from tv_lens import cli
+
+    rules = [Task("t", ("a",), str.upper).rule, Task.from_mapping("t", {"a": "b"}).rule]
+    rules += [inspect.signature(Task.from_file).parameters["accepts"].default, tv.library()["antonyms"].rule]
+    assert {Rule.of(rule).name for rule in rules} == {"starts_with"}
+    templates = [tv.Prompt((), "a").template, Task("t", ("a", "b"), str.upper).sample(1, shots=1, seed=0)[0].template]
+    templates += [
+        inspect.signature(function).parameters["template"].default for function in (tv.run_experiment, tv.first_token)
+    ]
+    assert set(templates) == {tv.PAPER}
+    for command in (cli.run, cli.extract, cli.sweep):
+        options = inspect.signature(command).parameters
+        assert options["template"].default == tv.PAPER.example
+        assert options["separator"].default.replace(r"\n", "\n") == tv.PAPER.separator
+        if "rule" in options:
+            assert options["rule"].default == "starts_with"

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import stat
 import struct
 import types
 from dataclasses import fields, replace
@@ -13,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import tv_lens as tv
 from tv_lens import TaskVectors, Template
 from tv_lens.files import write_whole
 from tv_lens.vector_files import FORMAT
@@ -70,7 +73,7 @@ def load(folder: Path, content: bytes) -> TaskVectors:
 
 
 def test_a_rewritten_header_is_read(tmp_path: Path, content: bytes) -> None:
-    """Or the tests below would fail for another reason."""
+    """Otherwise the tests below would fail for another reason."""
     assert load(tmp_path, with_header(content, task="other")).task == "other"
 
 
@@ -149,6 +152,70 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         write_whole(tmp_path / "nowhere" / "file", b"")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links and modes of POSIX")
+def test_links_and_file_modes_are_kept(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_bytes(b"first")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    write_whole(link, b"second")
+    assert link.is_symlink()
+    assert real.read_bytes() == b"second"
+    assert stat.S_IMODE(real.stat().st_mode) == 0o600
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "later")
+    write_whole(dangling, b"third")
+    assert (dangling.is_symlink(), (tmp_path / "later").read_bytes()) == (True, b"third")
+    (tmp_path / "plain").touch()
+    new = tmp_path / "new"
+    write_whole(new, b"")
+    assert new.stat().st_mode == (tmp_path / "plain").stat().st_mode  # what the umask gives
+
+
+@pytest.mark.parametrize("length", [1, 200, 255])
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path, length: int) -> None:
+    write_whole(tmp_path / ("x" * length), b"content")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"content"]
+
+
+def test_where_vectors_are_written_goes_through_a_file(tmp_path: Path) -> None:
+    made = replace(
+        VECTORS,
+        site=tv.MLP_OUT,
+        op="add",
+        layers=(1, 3, 6, 7),
+        n_layers=9,
+        options={"k": [1, 2.5, None, "x"]},
+        bos="<s>",
+    )
+    made.save(tmp_path / "v.safetensors")
+    loaded = TaskVectors.load(tmp_path / "v.safetensors")
+    for each in fields(TaskVectors):
+        if each.name != "values":
+            assert getattr(loaded, each.name) == getattr(made, each.name)
+    assert loaded.provenance == made.provenance
+
+
+def test_a_file_of_version_0_1_is_read(tmp_path: Path, content: bytes) -> None:
+    """Its header has fewer entries; what it does not say is what 0.1 always did."""
+    header, numbers = header_of(content)
+    ours = json.loads(header["__metadata__"]["tv_lens"])
+    old = {
+        name: ours[name] for name in ("model", "task", "prompts", "substitutes", "method", "prepend_bos", "versions")
+    }
+    old |= {"format": 1, "template": {"example": "Q: {input} {x}\nA: {output}", "separator": "\n\n"}}
+    shape = list(VECTORS.values.shape)
+    header = json.dumps([old, shape], ensure_ascii=False).encode()
+    old["sha256"] = hashlib.sha256(header + VECTORS.values.numpy().tobytes()).hexdigest()
+    header["__metadata__"]["tv_lens"] = json.dumps(old, ensure_ascii=False)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    loaded = load(tmp_path, struct.pack("<Q", len(text)) + text + numbers)
+    assert torch.equal(loaded.values, VECTORS.values)
+    assert (loaded.site, loaded.op, loaded.layers, loaded.n_layers) == (tv.RESID_POST, "set", (0, 1, 2, 3), 4)
+    assert (loaded.template, loaded.task, loaded.bos) == (VECTORS.template, VECTORS.task, None)
+
+
 # Arithmetic
 
 
@@ -169,7 +236,7 @@ def test_arithmetic_goes_vector_by_vector() -> None:
     assert (B - A).values.tolist() == [[[9.0, 18.0]], [[27.0, 46.0]]]
     assert (A * 2).values.tolist() == (2 * A).values.tolist() == [[[2.0, 4.0]], [[6.0, 8.0]]]
     assert (-A).values.tolist() == [[[-1.0, -2.0]], [[-3.0, -4.0]]]
-    # A mean, of one vector, goes with each of the other side's.
+    # A mean is one vector; it is combined with each vector of the other side.
     assert (B - A.mean()).values.tolist() == [[[8.0, 17.0]], [[28.0, 47.0]]]
     assert (A.mean() + B).values.tolist() == [[[12.0, 23.0]], [[32.0, 53.0]]]
     assert A.values.tolist() == [[[1.0, 2.0]], [[3.0, 4.0]]]  # as it was
@@ -190,7 +257,39 @@ def test_what_arithmetic_makes_says_what_it_was_made_of(tmp_path: Path) -> None:
     assert (loaded.task, loaded.prompts, loaded.versions) == (made_of.task, made_of.prompts, made_of.versions)
 
 
-def test_what_two_sides_do_not_share_is_not_claimed() -> None:
+@pytest.mark.parametrize(("one", "other", "both"), [(True, False, None), (False, True, None), (True, True, True)])
+def test_a_sum_claims_a_bos_only_if_both_sides_have_it(one: bool, other: bool, both: bool | None) -> None:
+    sides = [replace(vectors, prepend_bos=bos, bos="<s>" if bos else "") for vectors, bos in ((A, one), (B, other))]
+    for joined in (sides[0] + sides[1], sides[0] - sides[1]):
+        assert joined.prepend_bos is both
+        assert joined.bos == ("<s>" if both else None)
+        assert joined.template == Template()
+
+
+def test_provenance_is_a_sum_of_terms() -> None:
+    made = A.mean() + 0.5 * (B.mean() - A.mean())
+    assert [(term.factor, term.task, term.method) for term in made.terms] == [
+        (1.0, "a", "mean of extract"),
+        (0.5, "b", "mean of extract"),
+        (-0.5, "a", "mean of extract"),
+    ]
+    assert (
+        str(made.provenance)
+        == "1 * a (mean of extract) + 0.5 * b (mean of extract) + -0.5 * a (mean of extract), of tiny"
+    )
+    # A task's own name may look like a formula; only sums and multiples get parentheses.
+    named = replace(A, task="x - y", terms=())
+    assert (named + B).task == "x - y + b"
+    assert (2 * (named + B)).task == "2 * (x - y + b)"
+
+
+def test_vectors_of_two_sites_cannot_be_added() -> None:
+    with pytest.raises(ValueError, match="vectors of resid_post .* and of mlp_out .* do not go together"):
+        A + replace(B, site=tv.MLP_OUT)
+    assert (A + replace(B, op="add")).op == "add"
+
+
+def test_a_sum_claims_only_what_both_sides_share() -> None:
     other = replace(B, template=None, prepend_bos=True, substitutes=(), versions={"torch": "2", "numpy": "3"})
     for joined in (A + other, A - other):
         assert (joined.template, joined.prepend_bos) == (None, None)
@@ -229,14 +328,14 @@ def test_a_notebook_shows_where_vectors_come_from() -> None:
     shown = replace(VECTORS, task="<script>")._repr_html_()
     assert "&lt;script&gt;" in shown
     assert "<script>" not in shown
-    for told in (
+    for text in (
         "tiny",
         "3, of 4 layers and d_model 5",
         "3 prompts, 6 substitute queries",
         "not prepended",
         "torch 9.9",
     ):
-        assert told in shown
+        assert text in shown
 
 
 # The hub, which no test can reach: what is called is checked against huggingface_hub's own signatures.
@@ -244,7 +343,7 @@ def test_a_notebook_shows_where_vectors_come_from() -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """Two repositories' worth of memory in place of the hub."""
+    """An in-memory stand-in for the hub."""
     import huggingface_hub
 
     state: dict[str, Any] = {"files": {}, "made": []}

@@ -11,4 +11,4 @@ import lazy_loader
 # Public names are listed in `__init__.pyi` and imported lazily, so that `tv-lens --help` does not import torch.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

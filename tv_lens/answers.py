@@ -1,4 +1,4 @@
-"""The tokens of an answer behind its query: the first-token rule, log P(answer), and the distance from few-shot.
+"""The tokens of an answer after its query: the first-token rule, log P(answer), and the distance from few-shot.
 
 answer_logprobs    log P(answer | prompt) = sum over its tokens of log P(token | prompt, tokens before)
 divergence         KL(p_few-shot || p_patched) at the next token   (d_NTP in arXiv 2605.20730)
@@ -26,7 +26,7 @@ from tv_lens.vectors import TaskVectors
 
 def first_token(model: Model, template: PromptFormat = PAPER, task: Task | None = None) -> Rule:
     """A rule for the paper's protocol: whether the answer's first token was generated, as `model` writes the answer
-    behind `template`'s query. What `starts_with` accepts is correct as well.
+    after `template`'s query. What `starts_with` accepts is correct as well.
 
     Some tokenizers begin most answers of a task with the same token (a bare space before a digit). With `task` given,
     the rule then judges the first token that tells answers apart: `rule.tokens` is how many tokens must be generated,
@@ -37,17 +37,17 @@ def first_token(model: Model, template: PromptFormat = PAPER, task: Task | None 
     a mere repetition.
     """
     codec = engine_for(model).text
-    asked = template.write((), "x")
+    query = template.write((), "x")
 
     @functools.cache
     def ids_of(answer: str) -> tuple[int, ...]:
-        return tuple(_behind(codec.to_ids(asked), codec.to_ids(asked + template.continuation("x", answer))))
+        return tuple(_after(codec.to_ids(query), codec.to_ids(query + template.continuation("x", answer))))
 
     n_tokens = 1 if task is None else _tokens_to_tell_apart([ids_of(task.answer(text)) for text in task.inputs])
 
     def accepts(prediction: str, answer: str) -> bool:
         begins = codec.decode(ids_of(answer)[:n_tokens]).strip()
-        # Part of a character reads as U+FFFD whichever it is, so right cannot be told from wrong.
+        # Part of any character decodes to U+FFFD, so the text cannot show whether it is right.
         is_readable = bool(begins) and "\ufffd" not in begins
         return starts_with(prediction, answer) or (is_readable and prediction.strip() == begins)
 
@@ -71,7 +71,7 @@ def _tokens_to_tell_apart(answers: Sequence[tuple[int, ...]]) -> int:
     return n_tokens
 
 
-def _behind(prefix: Sequence[int], whole: Sequence[int]) -> list[int]:
+def _after(prefix: Sequence[int], whole: Sequence[int]) -> list[int]:
     """What differs in `whole`, which begins like `prefix`; at least its last token."""
     same = next((i for i, token in enumerate(whole) if prefix[i : i + 1] != [token]), len(whole) - 1)
     return list(whole[same:])
@@ -92,7 +92,7 @@ def answer_logprobs(  # noqa: PLR0913 - its options are keywords
 
     Without `vectors` the prompts are run as they are. With them the queries alone are run, patched as in
     `patch_generate`. `answers` default to the prompts' own. An answer is tokenized together with its prompt, as the
-    model would generate it; behind a plain string it is appended literally, so write its leading space.
+    model would generate it; after a plain string it is appended literally, so write its leading space.
 
     Raises:
         TvLensError: a prompt without an answer, vectors without a layer, or as `patch_generate`.
@@ -109,10 +109,10 @@ def answer_logprobs(  # noqa: PLR0913 - its options are keywords
         _answer_ids(engine, prompt, own, answer, i)
         for i, (prompt, own, answer) in enumerate(zip(given, ids, expected, strict=True))
     ]
-    room = max(map(len, targets)) - 1
-    if room:
+    new_tokens = max(map(len, targets)) - 1
+    if new_tokens:
         engine.require(Capability.CONTINUE)
-        encode(engine, given, room + 1)
+        encode(engine, given, new_tokens + 1)
     edits = Edits()
     if vectors is not None:
         if layer is None:
@@ -123,7 +123,7 @@ def answer_logprobs(  # noqa: PLR0913 - its options are keywords
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
         logprobs[rows] = _forced(engine, tokens, past, edits, [targets[row] for row in rows], rows)
 
-    map_rows(engine, [[own] for own in ids], work, edits=edits, room=room)
+    map_rows(engine, [[own] for own in ids], work, edits=edits, new_tokens=new_tokens)
     return logprobs
 
 
@@ -140,14 +140,14 @@ def _expected(prompts: Sequence[Prompt], answers: Sequence[str] | None) -> list[
 
 
 def _answer_ids(engine: Engine, prompt: Prompt, ids: Sequence[int], answer: str, number: int) -> list[int]:
-    """The answer's tokens behind the prompt, which keeps its own."""
+    """The answer's tokens after the prompt's, which stay as they are."""
     text = prompt.template.continuation(prompt.query, answer)
     whole = engine.text.to_ids(prompt.text + text)
     # A tokenizer may merge the end of the prompt with the answer, which no generation would do.
-    behind = whole[len(ids) :] if whole[: len(ids)] == list(ids) else engine.text.piece_ids(text)
-    if not answer or not behind:
+    answer_ids = whole[len(ids) :] if whole[: len(ids)] == list(ids) else engine.text.piece_ids(text)
+    if not answer or not answer_ids:
         raise TvLensError(f"prompt {number}: the answer {answer!r} has no tokens")
-    return behind
+    return answer_ids
 
 
 def _forced(
@@ -158,19 +158,19 @@ def _forced(
     batch = list(range(len(targets)))
     for step in range(max(map(len, targets))):
         is_last = step + 1 == max(len(targets[i]) for i in batch)
-        made = engine.forward(tokens, edits=edits, past=past, keep_past=not is_last)
-        logits = finite_logits(engine, made.logits, [rows[i] for i in batch])
+        output = engine.forward(tokens, edits=edits, past=past, keep_past=not is_last)
+        logits = finite_logits(engine, output.logits, [rows[i] for i in batch])
         # A row that is done but could not leave the batch is fed its last token again.
         chosen = torch.tensor([targets[i][min(step, len(targets[i]) - 1)] for i in batch], device="cpu")
         step_logprobs = logits.log_softmax(dim=-1).cpu().gather(1, chosen[:, None]).squeeze(1)
-        for place, i in enumerate(batch):
+        for slot, i in enumerate(batch):
             if step < len(targets[i]):
-                total[i] += step_logprobs[place]
-        places = [place for place, i in enumerate(batch) if step + 1 < len(targets[i])]
-        if not places:
+                total[i] += step_logprobs[slot]
+        remaining = [slot for slot, i in enumerate(batch) if step + 1 < len(targets[i])]
+        if not remaining:
             break
-        past, tokens, edits, kept = narrowed(engine, made.past, tokens, edits, places, len(batch))
-        batch = [batch[place] for place in kept]
+        past, tokens, edits, kept = narrowed(engine, output.past, tokens, edits, remaining, len(batch))
+        batch = [batch[slot] for slot in kept]
         tokens, edits = tokens.then(chosen[kept]), edits.next_step()
     return total
 
@@ -198,10 +198,10 @@ def divergence(
     if not all(prompt.examples for prompt in whole):
         raise TvLensError("the few-shot distribution needs demonstrations; sample the prompts with shots=1 or more")
     placement = Placement(how, positions, keep_demonstrations)
-    asked = placement.prompts(whole)
-    check_vectors(engine, vectors, len(asked))
-    few_shot_ids, ids = encode(engine, whole, 1), encode(engine, asked, 1)
-    edits = edits_for(engine, asked, ids, vectors, layer, placement)
+    patched_prompts = placement.prompts(whole)
+    check_vectors(engine, vectors, len(patched_prompts))
+    few_shot_ids, ids = encode(engine, whole, 1), encode(engine, patched_prompts, 1)
+    edits = edits_for(engine, patched_prompts, ids, vectors, layer, placement)
     numbers = range(len(whole))
     few_shot = finite_logits(engine, next_logits(engine, few_shot_ids, Edits()), numbers).log_softmax(dim=-1)
     patched = finite_logits(engine, next_logits(engine, ids, edits), numbers).log_softmax(dim=-1)

@@ -150,7 +150,7 @@ class Edits(tuple[Edit, ...]):
 
     @staticmethod
     def interleave(parts: Sequence[Edits]) -> Edits:
-        """The edits of `k` parts for rows that stand side by side: row `i` of part `j` becomes row `i * k + j`."""
+        """The edits of `k` parts for rows in alternation: row `i` of part `j` becomes row `i * k + j`."""
         k = len(parts)
         return Edits(replace(edit, rows=edit.rows * k + j) for j, part in enumerate(parts) for edit in part)
 

@@ -19,7 +19,7 @@ class UnsupportedError(TvLensError, TypeError):
 
 
 class EngineError(TvLensError, RuntimeError):
-    """The model did not do what it was told, so its numbers cannot be used."""
+    """The model did not do what was asked of it, so its numbers cannot be used."""
 
 
 class MissingExtraError(TvLensError, ImportError):

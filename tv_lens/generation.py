@@ -99,10 +99,10 @@ def generate(
         TvLensError: no prompts, or a prompt that leaves no room for the new tokens.
         EngineError: the model's logits are NaN or infinite.
     """
-    engine, asked = engine_for(model), as_prompts(prompts)
+    engine, inputs = engine_for(model), as_prompts(prompts)
     check_new_tokens(engine, max_new_tokens)
-    ids = encode(engine, asked, max_new_tokens)
-    [answers] = answer(engine, asked, ids, [Edits()], max_new_tokens, sampler)
+    ids = encode(engine, inputs, max_new_tokens)
+    [answers] = answer(engine, inputs, ids, [Edits()], max_new_tokens, sampler)
     return completions(engine, answers)
 
 
@@ -139,12 +139,12 @@ def patch_generate(  # noqa: PLR0913 - its options are keywords
         EngineError: the model's logits are NaN or infinite.
     """
     engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations)
-    asked = placement.prompts(as_prompts(prompts))
-    check_vectors(engine, vectors, len(asked))
+    inputs = placement.prompts(as_prompts(prompts))
+    check_vectors(engine, vectors, len(inputs))
     check_new_tokens(engine, max_new_tokens)
-    ids = encode(engine, asked, max_new_tokens)
-    edits = edits_for(engine, asked, ids, vectors, layer, placement)
-    [answers] = answer(engine, asked, ids, [edits], max_new_tokens, sampler)
+    ids = encode(engine, inputs, max_new_tokens)
+    edits = edits_for(engine, inputs, ids, vectors, layer, placement)
+    [answers] = answer(engine, inputs, ids, [edits], max_new_tokens, sampler)
     return completions(engine, answers)
 
 
@@ -165,15 +165,15 @@ def patched_logits(
         TvLensError: as `patch_generate`.
     """
     engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations)
-    asked = placement.prompts(as_prompts(prompts))
-    check_vectors(engine, vectors, len(asked))
-    ids = encode(engine, asked, 1)
-    return next_logits(engine, ids, edits_for(engine, asked, ids, vectors, layer, placement))
+    inputs = placement.prompts(as_prompts(prompts))
+    check_vectors(engine, vectors, len(inputs))
+    ids = encode(engine, inputs, 1)
+    return next_logits(engine, ids, edits_for(engine, inputs, ids, vectors, layer, placement))
 
 
 def encode(engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
     """The token ids of the prompts, checked to leave room for the new tokens."""
-    return engine.text.encode([prompt.text for prompt in prompts], room=max_new_tokens - 1)
+    return engine.text.encode([prompt.text for prompt in prompts], new_tokens=max_new_tokens - 1)
 
 
 def next_logits(engine: Engine, ids: Sequence[Sequence[int]], edits: Edits) -> Float[Tensor, "row d_vocab"]:
@@ -181,8 +181,8 @@ def next_logits(engine: Engine, ids: Sequence[Sequence[int]], edits: Edits) -> F
     logits: dict[int, Tensor] = {}
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
-        made = engine.forward(tokens, edits=edits, past=past, keep_past=False)
-        logits.update(zip(rows, required_logits(made.logits).cpu(), strict=True))
+        output = engine.forward(tokens, edits=edits, past=past, keep_past=False)
+        logits.update(zip(rows, required_logits(output.logits).cpu(), strict=True))
 
     map_rows(engine, [[row] for row in ids], work, edits=edits)
     return torch.stack([logits[row] for row in range(len(ids))])
@@ -246,7 +246,7 @@ def answer(
         answers.update(zip(rows, begun, strict=True))
 
     edits = conditions[0] if k == 1 else Edits.interleave(conditions)
-    map_rows(engine, [[row] * k for row in ids], work, edits=edits, room=max_new_tokens - 1)
+    map_rows(engine, [[row] * k for row in ids], work, edits=edits, new_tokens=max_new_tokens - 1)
     return [[answers[i * k + j] for i in range(len(prompts))] for j in range(k)]
 
 
@@ -267,30 +267,30 @@ def decode(
     batch = list(range(len(rows)))
     for step in range(max_new_tokens):
         is_last = step + 1 == max_new_tokens
-        made = engine.forward(tokens, edits=edits, past=past, keep_past=not is_last)
-        logits = finite_logits(engine, made.logits, [rows[i].number for i in batch])
+        output = engine.forward(tokens, edits=edits, past=past, keep_past=not is_last)
+        logits = finite_logits(engine, output.logits, [rows[i].number for i in batch])
         chosen = sampler(logits, [f"{step}:{rows[i].key}" for i in batch]).cpu()
         for i, token in zip(batch, chosen.tolist(), strict=True):
             if not rows[i].ended:
                 rows[i].append(engine, token)
-        places = [place for place, i in enumerate(batch) if not rows[i].ended]
-        if not places or is_last:
+        remaining = [slot for slot, i in enumerate(batch) if not rows[i].ended]
+        if not remaining or is_last:
             return
-        past, tokens, edits, kept = narrowed(engine, made.past, tokens, edits, places, len(batch))
-        batch = [batch[place] for place in kept]
+        past, tokens, edits, kept = narrowed(engine, output.past, tokens, edits, remaining, len(batch))
+        batch = [batch[slot] for slot in kept]
         tokens, edits = tokens.then(chosen[kept]), edits.next_step()
 
 
 def narrowed(
-    engine: Engine, past: Past, tokens: Tokens, edits: Edits, places: Sequence[int], n_rows: int
+    engine: Engine, past: Past, tokens: Tokens, edits: Edits, slots: Sequence[int], n_rows: int
 ) -> tuple[Past, Tokens, Edits, list[int]]:
-    """A batch of only the rows at `places`, and these places; all rows if the engine cannot take its past apart."""
-    if len(places) == n_rows:
-        return past, tokens, edits, list(places)
-    fewer = engine.select(past, places)
+    """A batch of only the rows at `slots`, and these slots; all rows if the engine cannot take its past apart."""
+    if len(slots) == n_rows:
+        return past, tokens, edits, list(slots)
+    fewer = engine.select(past, slots)
     if fewer is None:
         return past, tokens, edits, list(range(n_rows))
-    return fewer, tokens.keep(places), edits.keep(places), list(places)
+    return fewer, tokens.keep(slots), edits.keep(slots), list(slots)
 
 
 def required_logits(logits: Float[Tensor, "batch d_vocab"] | None) -> Float[Tensor, "batch d_vocab"]:
@@ -314,7 +314,7 @@ def finite_logits(
         numbers = list(dict.fromkeys(prompts[i] for i in broken))
         some = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
         raise EngineError(
-            f"{engine.name}: the logits behind prompt {some} are NaN or infinite, so no token can be chosen; a "
+            f"{engine.name}: the logits after prompt {some} are NaN or infinite, so no token can be chosen; a "
             "half-precision model may overflow, run it in float32 or bfloat16"
         )
     return given

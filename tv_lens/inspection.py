@@ -66,18 +66,18 @@ def show_tokens(
         TvLensError: a prompt without tokens, or one that lacks the positions.
     """
     engine = engine_for(model)
-    [asked] = Placement(positions=positions, keep_demonstrations=keep_demonstrations).prompts(as_prompts([prompt]))
-    [ids] = engine.text.encode([asked.text])
-    edited = set(engine.text.positions(asked, ids, positions, 0))
-    places = range(-len(ids), 0)
+    [shown] = Placement(positions=positions, keep_demonstrations=keep_demonstrations).prompts(as_prompts([prompt]))
+    [ids] = engine.text.encode([shown.text])
+    edited = set(engine.text.positions(shown, ids, positions, 0))
+    numbers = range(-len(ids), 0)
     info = engine.info
     put_in_front = f"{info.bos!r} is put in front" if info.bos else "nothing is put in front"
     return TokenTable(
         model=info.name,
         tokens=tuple(engine.text.token(token) for token in ids),
         ids=tuple(ids),
-        positions=tuple(places),
-        roles=tuple(engine.text.roles(asked, ids)),
-        edited=tuple(place in edited for place in places),
+        positions=tuple(numbers),
+        roles=tuple(engine.text.roles(shown, ids)),
+        edited=tuple(each in edited for each in numbers),
         bos=f"{put_in_front}{', ' + info.bos_reason if info.bos_reason else ''}",
     )

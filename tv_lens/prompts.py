@@ -68,7 +68,7 @@ class PromptFormat(ABC):
         return None
 
     def continuation(self, query: str, answer: str) -> str:
-        """`answer` as it is written behind the query: what a model that knows it would generate."""
+        """`answer` as it is written after the query: what a model that knows it would generate."""
         return answer
 
     def write(self, examples: Sequence[Example], query: str) -> str:
@@ -190,7 +190,7 @@ class Template(PromptFormat):
         return (before + query + between)[len(self.ask(query)) :] + answer
 
     def cut(self, text: str) -> str:
-        r"""The answer in a completion: up to the separator, without what the template writes behind an
+        r"""The answer in a completion: up to the separator, without what the template writes after an
         output, and without white space around it.
 
         >>> Template().cut(" cold\nbig -> small")
@@ -287,7 +287,7 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
 
 
 def as_prompts(prompts: Sequence[Prompt | str]) -> list[Prompt]:
-    """The prompts, with plain strings as prompts of their own (`PlainText`).
+    """The prompts, each plain string converted to a prompt (`PlainText`).
 
     Raises:
         TvLensError: no prompts, or something else than prompts and strings.

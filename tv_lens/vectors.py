@@ -86,9 +86,9 @@ class TaskVectors:
             )
         broken = (~self.values.isfinite()).any(dim=-1).nonzero()
         if len(broken):
-            prompt, place = broken[0].tolist()
+            prompt, index = broken[0].tolist()
             raise TvLensError(
-                f"the vector of prompt {prompt} at layer {self.layers[place]} of {self.model} holds NaN or infinity "
+                f"the vector of prompt {prompt} at layer {self.layers[index]} of {self.model} holds NaN or infinity "
                 f"(and {len(broken) - 1} more do); a half-precision model may overflow, run it in float32 or bfloat16"
             )
 

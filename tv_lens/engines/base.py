@@ -1,7 +1,7 @@
 """The engine interface: what the rest of tv_lens needs from something that runs a model.
 
 An engine turns a batch of tokens into a `Pass`: next-token logits, reads of activations, and a past to continue from.
-Everything it is told to change in the model comes as `Edits`. What it can do it declares as `Capability`.
+All changes to the model are passed as `Edits`. What it can do it declares as `Capability`.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def _bos(bridge: Bridge, name: str, prepends: bool, wanted: bool | None) -> tupl
     if not is_bos:
         return "", "because the tokenizer has no BOS token"
     if tokenizer.bos_token_id == tokenizer.eos_token_id:
-        reason += "; it is also the end-of-text token, as the tokenizer has no BOS of its own"
+        reason += "; it is also the end-of-text token, because the tokenizer has no other BOS"
     return str(tokenizer.bos_token), reason
 
 

@@ -4,7 +4,7 @@ Three things about a model decide how its rows may be batched:
 
 cache      whether it keeps keys and values that can be widened to several continuations of one prefix
 padding    up to which length a padded row is computed as it is alone
-gaps       up to which length pads between a prefix and the rows behind it do no harm
+gaps       up to which length pads between a prefix and the rows after it do no harm
 """
 
 from __future__ import annotations

@@ -173,14 +173,14 @@ def components_of(bridge: TransformerBridge, points: Iterable[HookPoint]) -> dic
 def has_output_hooks(component: nn.Module) -> bool:
     """Whether somebody changes the component's output with a torch forward hook.
 
-    Such a hook runs behind TransformerLens's hook point, so there a read would be too early.
+    Such a hook runs after TransformerLens's hook point, so there a read would be too early.
     """
     return bool(component._forward_hooks)
 
 
 @contextmanager
 def output_hooks(hooks: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor | None]]]) -> Iterator[None]:
-    """Torch forward hooks on modules, behind those that are there; they get the first output."""
+    """Torch forward hooks on modules, after those that are there already; they get the first output."""
 
     def wrapped(function: Callable[[Tensor], Tensor | None], module: nn.Module, args: Any, output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
@@ -205,18 +205,18 @@ def output_hooks(hooks: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor | No
 
 def user_hooks(bridge: TransformerBridge) -> list[tuple[str, Callable[..., Any]]]:
     """Every hook on the model that is not TransformerLens's own: where it is, and the function."""
-    found: list[tuple[str, Callable[..., Any]]] = []
+    hooks_of_user: list[tuple[str, Callable[..., Any]]] = []
     points = {point: name for name, point in bridge.hook_dict.items()}
     for point, name in points.items():
-        found += [(name, handle.user_hook) for handle in point.fwd_hooks if handle.user_hook is not None]
+        hooks_of_user += [(name, handle.user_hook) for handle in point.fwd_hooks if handle.user_hook is not None]
     for name, module in bridge.original_model.named_modules():
         if isinstance(module, HookPoint):
             continue
         for kind, hooks in (("output", module._forward_hooks), ("input", module._forward_pre_hooks)):
             for function in hooks.values():
                 if not _is_library_hook(function):
-                    found.append((f"{name or 'model'} {kind}", function))
-    return found
+                    hooks_of_user.append((f"{name or 'model'} {kind}", function))
+    return hooks_of_user
 
 
 def _is_library_hook(function: Callable[..., Any]) -> bool:
@@ -275,7 +275,7 @@ def remote_facts(bridge: RemoteBridge) -> RemoteFacts:
 def _vllm_facts(driver: VLLMDriver, n_ctx: int) -> RemoteFacts:
     config = driver._llm.llm_engine.model_config
     ends = ids_of(config.try_get_generation_config().get("eos_token_id"))
-    n_ctx = min(n_ctx, config.max_model_len - 1)  # vLLM needs room for a token of its own
+    n_ctx = min(n_ctx, config.max_model_len - 1)  # vLLM needs room for one token more
     if not driver._enable_batching:
         n_ctx = min(n_ctx, driver._max_num_batched_tokens)
     can_patch = driver._enable_position_interventions

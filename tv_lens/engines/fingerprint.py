@@ -32,7 +32,7 @@ def fingerprint_of(bridge: TransformerBridge) -> str:
     """The digest, 16 hexadecimal digits.
 
     Raises:
-        TvLensError: a hook on the model whose behavior cannot be told from its code and its values.
+        TvLensError: a hook on the model whose behavior does not follow from its code and its values.
     """
     digest = xxhash.xxh3_64()
     config = {name: value for name, value in config_of(bridge).items() if name not in _IRRELEVANT}
@@ -40,8 +40,8 @@ def fingerprint_of(bridge: TransformerBridge) -> str:
     for name, tensor in tensors_of(bridge):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         _add_tensor(digest, tensor)
-    for place, function in user_hooks(bridge):
-        digest.update(f"{place} {describe(function)}".encode())
+    for name, function in user_hooks(bridge):
+        digest.update(f"{name} {describe(function)}".encode())
     return digest.hexdigest()
 
 
@@ -59,7 +59,7 @@ def describe(value: Any) -> str:
     defaults and the globals that it uses.
 
     Raises:
-        TvLensError: a value of a kind whose behavior cannot be told.
+        TvLensError: a value whose behavior cannot be described.
     """
     return _describe(value, set())
 

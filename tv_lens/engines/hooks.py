@@ -1,6 +1,6 @@
 """Edits and reads as functions on an activation of shape (batch, pos, ...). Pure torch, differentiable.
 
-The axes behind the position are one axis here: a per-head site is n_heads * d_head wide, and a head is a slice of it.
+The axes after the position are one axis here: a per-head site is n_heads * d_head wide, and a head is a slice of it.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ class LocalEngine(Engine):
         warn(
             f"{self.name}: a row of {len(short)} tokens padded to {len(long)} is off by {float(error.max()):.1%} from "
             f"the same row alone; rows of more than {self._state.padded_up_to:.0f} tokens are now run only with rows "
-            "of their own length, which is slower"
+            "of equal length, which is slower"
         )
         return False
 
@@ -233,11 +233,11 @@ class LocalEngine(Engine):
         hooks += self._read_hooks(reads, weights, grad)
         caching = past is not None or (keep_past and self._support.keeps_cache)
         with self.session():
-            behind = {p: c for p, _ in hooks if (c := self._components.get(p)) is not None and has_output_hooks(c)}
-            with self._computing(grad), output_hooks([(behind[p], f) for p, f in hooks if p in behind]):
+            components = {p: c for p, _ in hooks if (c := self._components.get(p)) is not None and has_output_hooks(c)}
+            with self._computing(grad), output_hooks([(components[p], f) for p, f in hooks if p in components]):
                 output, past = self.bridge.run_with_hooks(
                     self._put(tokens.ids),
-                    fwd_hooks=[(str(point.name), _as_lens_hook(f)) for point, f in hooks if point not in behind],
+                    fwd_hooks=[(str(point.name), _as_lens_hook(f)) for point, f in hooks if point not in components],
                     return_type="logits_and_cache",
                     attention_mask=self._put(tokens.mask),
                     past_key_values=past,
@@ -253,7 +253,7 @@ class LocalEngine(Engine):
             self._check_cache(past, tokens.mask.shape[1])
         return Pass(
             logits=output[:, -1].float() if logits else None,
-            reads={site: self._stacked(site, found) for site, found in reads.items()},
+            reads={site: self._stacked(site, by_layer) for site, by_layer in reads.items()},
             past=past if keep_past else None,
         )
 
@@ -278,23 +278,23 @@ class LocalEngine(Engine):
     ) -> list[tuple[HookPoint, Callable[[Tensor], Tensor | None]]]:
         read = reader(weights, grad)
 
-        def hook_into(found: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
+        def hook_into(by_layer: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
             def hook(activation: Tensor) -> None:
-                found[layer] = read(activation)
+                by_layer[layer] = read(activation)
 
             return hook
 
         return [
-            (self._point(site, layer), hook_into(found, layer))
-            for site, found in reads.items()
+            (self._point(site, layer), hook_into(by_layer, layer))
+            for site, by_layer in reads.items()
             for layer in self.layers_of(site)
         ]
 
-    def _stacked(self, site: Site, found: dict[int, Tensor]) -> Float[Tensor, "batch layer width"]:
-        missing = [layer for layer in self.layers_of(site) if layer not in found]
+    def _stacked(self, site: Site, by_layer: dict[int, Tensor]) -> Float[Tensor, "batch layer width"]:
+        missing = [layer for layer in self.layers_of(site) if layer not in by_layer]
         if missing:
             raise EngineError(f"{self.name} gave no read of {site} at the layers {missing}")
-        return torch.stack([found[layer].cpu() for layer in self.layers_of(site)], dim=1)
+        return torch.stack([by_layer[layer].cpu() for layer in self.layers_of(site)], dim=1)
 
     def _check_cache(self, past: Any, expected: int) -> None:
         seen = 0 if past is None else int(past.get_seq_length())

@@ -2,7 +2,7 @@
 
 group     texts that begin alike, such as one prompt's demonstrations with several queries
 batch     groups that are run together: their shared prefixes in one pass, then their rows in parts
-part      rows of one pass: what is left of them behind the prefix
+part      rows of one pass: what is left of them after the prefix
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Limits:
     """How an engine's rows may be batched.
 
     `batch_size` is the number of rows in a pass; None computes it from the budgets of positions and logits. `max_rows`
-    is the most that memory has been found to hold. Rows of unequal length share a pass only up to `padded_up_to`
+    is the most that memory can hold, as far as known. Rows of unequal length share a pass only up to `padded_up_to`
     positions, new tokens included. Prefixes are shared if `shares_prefixes`, and pads between a prefix and the rows
-    behind it are allowed up to `gaps_up_to` positions. A cache may grow across `padded_up_to` only if
+    after it are allowed up to `gaps_up_to` positions. A cache may grow across `padded_up_to` only if
     `caches_beyond` says so.
     """
 
@@ -50,7 +50,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one pass: their numbers, and their ids behind the prefix."""
+    """Rows of one pass: their numbers, and their ids after the prefix."""
 
     rows: tuple[int, ...]
     ids: tuple[Ids, ...]
@@ -82,12 +82,12 @@ class Batch:
 
 
 def plan_batches(
-    groups: Sequence[Sequence[Sequence[int]]], limits: Limits, *, reach: int = 1, room: int = 0
+    groups: Sequence[Sequence[Sequence[int]]], limits: Limits, *, reach: int = 1, new_tokens: int = 0
 ) -> list[Batch]:
     """Batches that hold every row once, long rows first.
 
     The rows are numbered through the groups. A shared prefix leaves at least `reach` tokens of every row, which is
-    where edits and reads are. `room` more tokens will be generated behind each row.
+    where edits and reads are. `new_tokens` more tokens will be generated after each row.
     """
     numbered, first = [], 0
     for group in groups:
@@ -96,13 +96,13 @@ def plan_batches(
     shared, alone = [], []
     for each in numbered:
         start = shared_length(each.ids, reach) if limits.shares_prefixes and len(each.ids) > 1 else 0
-        if start and max(map(len, each.ids)) + room <= limits.padded_up_to:
+        if start and max(map(len, each.ids)) + new_tokens <= limits.padded_up_to:
             shared.append(replace(each, start=start))
         else:
             alone += [(each.first + i, ids) for i, ids in enumerate(each.ids)]
-    batches = _plan_rows(alone, limits, room)
+    batches = _plan_rows(alone, limits, new_tokens)
     for size in sorted({len(each.ids) for each in shared}, reverse=True):
-        batches += _plan_groups([each for each in shared if len(each.ids) == size], limits, room)
+        batches += _plan_groups([each for each in shared if len(each.ids) == size], limits, new_tokens)
     return batches
 
 
@@ -136,23 +136,23 @@ class _Group:
         return max(map(len, self.ids))
 
 
-def _plan_rows(rows: Sequence[tuple[int, Ids]], limits: Limits, room: int) -> list[Batch]:
+def _plan_rows(rows: Sequence[tuple[int, Ids]], limits: Limits, new_tokens: int) -> list[Batch]:
     """Batches of whole rows."""
     batches = []
     queue = sorted(rows, key=lambda row: -len(row[1]))
     while queue:
         longest = len(queue[0][1])
         size = limits.rows(longest)
-        mixed = longest + room <= limits.padded_up_to
+        mixed = longest + new_tokens <= limits.padded_up_to
         chunk = [row for row in queue[:size] if mixed or len(row[1]) == longest]
         queue = queue[len(chunk) :]
-        crosses = longest <= limits.padded_up_to < longest + room and not limits.caches_beyond
+        crosses = longest <= limits.padded_up_to < longest + new_tokens and not limits.caches_beyond
         part = Part(tuple(row for row, _ in chunk), tuple(ids for _, ids in chunk))
         batches.append(Batch((), (part,), replay=crosses))
     return batches
 
 
-def _plan_groups(groups: Sequence[_Group], limits: Limits, room: int) -> Iterator[Batch]:
+def _plan_groups(groups: Sequence[_Group], limits: Limits, new_tokens: int) -> Iterator[Batch]:
     """Batches of groups of one size, each with a shared prefix."""
     queue = sorted(groups, key=lambda group: -group.longest)
     while queue:
@@ -160,9 +160,9 @@ def _plan_groups(groups: Sequence[_Group], limits: Limits, room: int) -> Iterato
         queue = queue[len(chunk) :]
         lengths = {len(ids) - group.start for group in chunk for ids in group.ids}
         seen = max(group.start for group in chunk) + max(lengths)
-        if (len(lengths) > 1 and seen > limits.gaps_up_to) or seen + room > limits.padded_up_to:
+        if (len(lengths) > 1 and seen > limits.gaps_up_to) or seen + new_tokens > limits.padded_up_to:
             whole = [(group.first + i, ids) for group in chunk for i, ids in enumerate(group.ids)]
-            yield from _plan_rows(whole, limits, room)
+            yield from _plan_rows(whole, limits, new_tokens)
             continue
         width = max(1, limits.rows(chunk[0].longest) // len(chunk))
         parts = []

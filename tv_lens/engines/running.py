@@ -27,18 +27,18 @@ def map_rows(
     *,
     edits: Edits = Edits(),
     reach: int = 1,
-    room: int = 0,
+    new_tokens: int = 0,
 ) -> None:
     """Give every row of token ids to `work`, many in a pass.
 
     The groups hold rows that begin alike; what the rows of a group share is run once. Rows are numbered through the
-    groups, and `edits` refers to these numbers. `reach` is how many tokens at the end of every row are read; `room` how
-    many more each row will get.
+    groups, and `edits` refers to these numbers. The last `reach` tokens of every row
+    are read, and `new_tokens` more will be added to each.
 
     When memory runs out, the remaining groups continue in smaller passes, so `work` may see a row a second time.
     """
     firsts = [0, *accumulate(len(group) for group in groups)]
-    run = _Run(engine, groups, firsts, work, edits, max(reach, edits.reach), room)
+    run = _Run(engine, groups, firsts, work, edits, max(reach, edits.reach), new_tokens)
     with engine.session(), progress_bar(engine, firsts[-1]) as shown:
         remaining = list(range(len(groups)))
         while remaining:
@@ -60,11 +60,11 @@ class _Run:
     work: Work
     edits: Edits
     reach: int
-    room: int
+    new_tokens: int
     done: set[int] = field(default_factory=set)
     rows_tried: int = 1
 
-    # A method of its own, so that the tensors of a failed pass are freed when it returns.
+    # A separate method, so that the tensors of a failed pass are freed when it returns.
     def run(self, remaining: Sequence[int], shown: Any) -> None:
         numbers = [row for g in remaining for row in range(self.firsts[g], self.firsts[g + 1])]
         for batch in self.plan(remaining):
@@ -82,7 +82,7 @@ class _Run:
         groups = [self.groups[g] for g in remaining]
         previous: list[Batch] | None = None
         while True:
-            batches = plan_batches(groups, self.engine.limits, reach=self.reach, room=self.room)
+            batches = plan_batches(groups, self.engine.limits, reach=self.reach, new_tokens=self.new_tokens)
             examples = [example for batch in batches if (example := batch.most_padded())]
             self.rows_tried = 2  # as many as the comparison runs
             if batches == previous or all(self.engine.padding_is_safe(*example) for example in examples):
@@ -98,7 +98,7 @@ class _Run:
         return tokens, self.engine.forward(tokens, logits=False).past
 
     def start(self, batch: Batch, part: Part, prefix: Tokens | None, past: Past, is_last: bool) -> tuple[Tokens, Past]:
-        """The rows of a part behind their prefixes, and a past of their own."""
+        """The rows of a part after their prefixes, and a separate past for them."""
         ids, mask = padded(part.ids, self.engine.info.pad_id)
         self.rows_tried = len(ids)
         if prefix is None:

@@ -82,7 +82,7 @@ class TextCodec(ABC):
         return frozenset()
 
     def ends(self, text: str, ids: Sequence[int]) -> list[int]:
-        """For each token the number of characters of `text` up to its end; 0 for what stands in front of the text.
+        """For each token the number of characters of `text` up to its end; 0 for tokens before the text.
 
         By default computed by decoding the ids piece by piece, which is slow but works for every tokenizer whose
         decoded ids give the text back.
@@ -90,8 +90,8 @@ class TextCodec(ABC):
         pieces = [min(len(self.decode(ids[: i + 1])), len(text)) for i in range(len(ids))]
         return pieces[:-1] + [len(text)]
 
-    def encode(self, texts: Sequence[str], *, room: int = 0, per_prompt: int = 1) -> list[list[int]]:
-        """The ids of every text, each checked to leave `room` more tokens in the context.
+    def encode(self, texts: Sequence[str], *, new_tokens: int = 0, per_prompt: int = 1) -> list[list[int]]:
+        """The ids of every text, each checked to leave `new_tokens` more tokens in the context.
 
         Raises:
             TvLensError: no texts, invalid Unicode, a text without tokens, or one too long. `per_prompt` texts belong to
@@ -102,10 +102,10 @@ class TextCodec(ABC):
         known: dict[str, list[int]] = {}
         for i, text in enumerate(texts):
             if text not in known:
-                known[text] = self._checked(text, i // per_prompt, room)
+                known[text] = self._checked(text, i // per_prompt, new_tokens)
         return [known[text] for text in texts]
 
-    def _checked(self, text: str, prompt: int, room: int) -> list[int]:
+    def _checked(self, text: str, prompt: int, new_tokens: int) -> list[int]:
         if has_lone_surrogate(text):
             raise TvLensError(
                 f"prompt {prompt} holds half of a surrogate pair, which is not a character: {_start(text)}; write the "
@@ -115,8 +115,8 @@ class TextCodec(ABC):
         if not ids:
             raise TvLensError(f"prompt {prompt} is {text!r}, which has no tokens; the model needs at least one")
         n_ctx = self.info.n_ctx
-        if n_ctx is not None and len(ids) + room > n_ctx:
-            new = f", with {room} more to come," if room else ""
+        if n_ctx is not None and len(ids) + new_tokens > n_ctx:
+            new = f", with {new_tokens} more to come," if new_tokens else ""
             raise TvLensError(
                 f"prompt {prompt} has {len(ids)} tokens{new} and the context of {self.info.name} is {n_ctx}: "
                 f"{_start(text)}; use fewer shots, shorter texts or fewer new tokens"
@@ -177,15 +177,15 @@ class TextCodec(ABC):
 
 
 def _numbers(positions: Sequence[int], length: int, number: int) -> list[int]:
-    found = list(positions)
-    if not found or not all(isinstance(each, int) and each < 0 for each in found) or len(set(found)) < len(found):
+    numbers = set(positions)
+    if not numbers or len(numbers) < len(positions) or not all(isinstance(i, int) and i < 0 for i in numbers):
         raise TvLensError(
             f"positions are {positions!r}; use different negative numbers, which count from the end: -1 is the last "
             "token"
         )
-    if min(found) < -length:
-        raise TvLensError(f"prompt {number} has {length} tokens, so there is none at position {min(found)}")
-    return sorted(found)
+    if min(numbers) < -length:
+        raise TvLensError(f"prompt {number} has {length} tokens, so there is none at position {min(numbers)}")
+    return sorted(numbers)
 
 
 def _last_of_runs(roles: Sequence[TokenRole], role: TokenRole) -> list[int]:

@@ -160,7 +160,7 @@ def _plans(engine: Engine, tasks: Sequence[Task], sampling: _Sampling, max_new_t
 
 
 def _weights(engine: Engine, plans: Sequence[TaskPlan], folder: str | Path | None) -> str | None:
-    """The model's fingerprint. What cannot be told apart later is refused if the run is kept in a folder."""
+    """The model's fingerprint. If the run is kept in a folder, a model without one is refused."""
     if folder is not None:
         for plan in plans:
             plan.task.rule.check_named(plan.task.name)
@@ -188,7 +188,10 @@ class _Run:
             return self.checkpoints.vectors[key]
         vectors = method(self.engine, plan.dev, plan.dev_prompts, self.settings.seed).mean()
         if vectors.task != plan.task.name:
-            raise TvLensError(f"{method.name} returned vectors of {vectors.task!r} for the task {plan.task.name!r}")
+            raise TvLensError(
+                f"{method.name} returned vectors of {vectors.task!r} for the task {plan.task.name!r}; a method can "
+                "name them with dataclasses.replace(vectors, task=task.name)"
+            )
         return self.checkpoints.keep_vectors(*key, vectors)
 
     def result(self, i: int, method: Method) -> TaskResult:

@@ -359,7 +359,7 @@ class Experiment:
 
     @classmethod
     def load(cls, path: str | Path) -> Experiment:
-        """Read what `save` wrote as `.json`; the vectors are files of their own, in the experiment's folder.
+        """Read what `save` wrote as `.json`; the vectors are separate files in the experiment's folder.
 
         Raises:
             OSError: the file cannot be read.

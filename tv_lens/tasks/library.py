@@ -32,8 +32,8 @@ def _computed(inputs: Sequence[str], answer: Callable[[str], str]) -> dict[str, 
 def _lists(items: Sequence[str]) -> list[str]:
     """A hundred different lists of 2 to 6 different items, the same in every process."""
     draw = random.Random(f"lists of {len(items)} items")
-    found = {", ".join(draw.sample(items, draw.randint(2, 6))): None for _ in range(200)}
-    return list(found)[:100]
+    lists = {", ".join(draw.sample(items, draw.randint(2, 6))): None for _ in range(200)}
+    return list(lists)[:100]
 
 
 def library() -> dict[str, Task]:

@@ -45,7 +45,7 @@ def read_pairs(path: Path) -> dict[str, str | list[str]]:
     Raises:
         OSError: the file cannot be read.
         TvLensError: another kind of file, text that cannot be read, a row that is not a pair of non-empty texts, or a
-            repeated input. The message names the file and the place in it.
+            repeated input. The message names the file and the line or entry.
     """
     suffix = path.suffix.lower()
     if suffix not in _READERS:

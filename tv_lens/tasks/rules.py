@@ -55,7 +55,7 @@ class Rule:
         """Raise TvLensError if a resumed run could not tell this rule from another."""
         if not self.is_named:
             raise TvLensError(
-                f"task {task!r}: its rule is {self.accepts!r}, which has no name of its own, so a run kept in a folder "
+                f"task {task!r}: its rule is {self.accepts!r}, which has no name, so a run kept in a folder "
                 "could not tell whether it is the same rule later; write Rule('a name', rule)"
             )
 
@@ -113,7 +113,7 @@ _WORD = regex.compile(
     r"\p{Tai_Tham}\p{New_Tai_Lue}\p{Tai_Le}\p{Javanese}\p{Balinese}]]",
     regex.V1,
 )
-# What may stand between two letters of one word, or two digits of one number.
+# What may come between two letters of one word, or two digits of one number.
 _APOSTROPHE = regex.compile(r"['\u2019]\p{L}")
 _NUMBER_GROUP = regex.compile(r"[.,'_\u2019\u00a0\u202f\u066b\u066c]\p{Nd}")
 _GRAPHEME = regex.compile(r"\X")

@@ -121,7 +121,7 @@ class Task:
         Raises:
             OSError: the file cannot be read.
             TvLensError: another kind of file, text that cannot be read, a row that is not a pair of non-empty texts, or
-                a duplicate input. The message names the file and the place.
+                a duplicate input. The message names the file and the line or entry.
         """
         path = Path(path)
         pairs = read_pairs(path)
