@@ -189,5 +189,10 @@ def make_twins(name: str, tokenizer: Any = None, seed: int = 0, **changes: Any) 
     return Twins(bridge, plain, blocks)
 
 
+def original(bridge: TransformerBridge) -> Any:
+    """The Hugging Face model that the bridge wraps."""
+    return bridge.original_model
+
+
 def ids_of(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> Tensor:
     return bridge.to_tokens(text, prepend_bos=prepend_bos)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import Twins
+from models import Twins, original
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -68,7 +68,7 @@ def count_positions(bridge: TransformerBridge, run: Callable[[], Any]) -> int:
         hidden = args[0] if args else kwargs["hidden_states"]
         count += hidden.shape[0] * hidden.shape[1]
 
-    blocks = next(m for m in bridge.original_model.modules() if isinstance(m, torch.nn.ModuleList))
+    blocks = next(m for m in original(bridge).modules() if isinstance(m, torch.nn.ModuleList))
     handle = blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
     try:
         run()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Twins, ids_of, make_tokenizer, make_twins
+from models import Twins, ids_of, make_tokenizer, make_twins, original
 from oracle import plain_run, refuse
 from oracle_edits import PlainEdit, hooked_run
 from tokenizers import pre_tokenizers
@@ -105,7 +105,7 @@ def test_an_answer_that_merges_with_its_prompt_keeps_the_prompts_tokens(gpt2: Tw
 def test_wrong_use_of_logprobs_says_what_to_do(as_users_run_it: None) -> None:
     twins = make_twins("gpt2")
     bridge, vectors = twins.bridge, vectors_for(twins)
-    bridge.original_model.register_forward_pre_hook(refuse)
+    original(bridge).register_forward_pre_hook(refuse)
     for call, message in (
         (lambda: tv.answer_logprobs(bridge, ["a"]), "prompt 0 has no answer; pass answers="),
         (lambda: tv.answer_logprobs(bridge, PROMPTS, ["a"]), "for 4 prompts; give a list with one for each"),
@@ -193,7 +193,7 @@ def test_an_experiment_scores_digits_by_the_token_that_tells_them_apart() -> Non
             output.logits[row, :, three if last == space else space] = 9
         return output
 
-    bridge.original_model.register_forward_hook(say, with_kwargs=True)
+    original(bridge).register_forward_hook(say, with_kwargs=True)
     actual = tv.run_experiment(
         bridge, [NUMBERS], shots=1, n_dev=4, n_test=4, max_new_tokens=1, template=ARROW, layers=[0]
     )

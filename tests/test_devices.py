@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Twins, ids_of, make_tokenizer, make_twins
+from models import Twins, ids_of, make_tokenizer, make_twins, original
 from oracle import plain_generate, plain_run, until_end
 from passes import tokens_of
 from transformer_lens.model_bridge import TransformerBridge
@@ -41,7 +41,7 @@ def as_plain_hooks(bridge: TransformerBridge, twins: Twins, tolerance: float) ->
 def test_half_precision_is_near_float32(name: str, dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
     twins = saved(tmp_path, name)
     bridge = TransformerBridge.boot_transformers(str(tmp_path), device="cpu", dtype=dtype)
-    assert next(bridge.original_model.parameters()).dtype == dtype
+    assert next(original(bridge).parameters()).dtype == dtype
     as_plain_hooks(bridge, twins, tolerance)
 
 
@@ -55,7 +55,7 @@ def saved(folder: Path, name: str) -> Twins:
 def test_a_layer_in_another_precision_gets_its_vector_in_its_own() -> None:
     """One half-precision block among float32 ones: the patch is cast for that layer and no other."""
     twins = make_twins("llama")
-    lower, upper = twins.bridge.original_model.model.layers[1:3]
+    lower, upper = original(twins.bridge).model.layers[1:3]
     lower.register_forward_hook(lambda module, args, output: output.half())
     upper.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
     engine = tv.LocalEngine(twins.bridge)
@@ -118,6 +118,6 @@ def test_a_custom_device_map(kept: str, tmp_path: Path) -> None:
     bridge = TransformerBridge.boot_transformers(
         str(tmp_path / "model"), device_map=where, offload_folder=str(tmp_path / "offload")
     )
-    inner = next(bridge.original_model.model.layers[1].parameters())
+    inner = next(original(bridge).model.layers[1].parameters())
     assert inner.device.type == ("meta" if kept == "disk" else "cpu")
     as_plain_hooks(bridge, twins, 1e-4)

@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from models import ARCHITECTURES, CONFIGS, Twins, ids_of, make_twins
+from models import ARCHITECTURES, CONFIGS, Twins, ids_of, make_twins, original
 from oracle_edits import PlainEdit, has_site, hooked_run
 from passes import logits_of, read_texts, tokens_of
 from torch import Tensor
@@ -230,12 +230,12 @@ def test_gradients_are_those_of_plain_hugging_face(name: str) -> None:
         Edit(value, rows, layer, site=site, position=position, op=op)  # type: ignore[arg-type]
         for value, (site, layer, position, op) in zip(values, parts, strict=True)
     )
-    frozen = {name: p.requires_grad for name, p in twins.bridge.original_model.named_parameters()}
+    frozen = {name: p.requires_grad for name, p in original(twins.bridge).named_parameters()}
     logits = engine.forward(tokens, edits=edits, grad=True).logits
     assert logits is not None
     actual = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, target, reduction="sum"), values)
-    assert {name: p.requires_grad for name, p in twins.bridge.original_model.named_parameters()} == frozen
-    assert all(p.grad is None for p in twins.bridge.original_model.parameters())
+    assert {name: p.requires_grad for name, p in original(twins.bridge).named_parameters()} == frozen
+    assert all(p.grad is None for p in original(twins.bridge).parameters())
     assert torch.is_grad_enabled()
     for row, text in enumerate(TEXTS):
         ids = ids_of(twins.bridge, text)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 import transformers
-from models import TEXTS, Twins, ids_of, make_tokenizer, make_twins
+from models import TEXTS, Twins, ids_of, make_tokenizer, make_twins, original
 from oracle import count_positions, plain_generate, plain_run, refuse
 from passes import logits_of, logits_of_groups, read_groups, read_texts, tokens_of
 from torch import Tensor
@@ -242,7 +242,7 @@ def test_no_logits_that_nobody_reads() -> None:
     twins = make_twins("llama")
     engine = tv.LocalEngine(twins.bridge)
     shapes = []
-    head = twins.bridge.original_model.lm_head
+    head = original(twins.bridge).lm_head
     handle = head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     tokens = tokens_of(engine, TEXTS)
     engine.forward(tokens, read=[RESID_POST], logits=False)
@@ -253,7 +253,7 @@ def test_no_logits_that_nobody_reads() -> None:
 
 def test_a_half_precision_model_gives_float32() -> None:
     twins = make_twins("llama")
-    twins.bridge.original_model.to(torch.float16)
+    original(twins.bridge).to(torch.float16)
     engine = tv.LocalEngine(twins.bridge)
     edits = per_row(torch.ones(4, 32), [0, 1, 2, 3])
     assert read_texts(engine, TEXTS).dtype == logits_of(engine, TEXTS, edits).dtype == torch.float32
@@ -271,7 +271,7 @@ def test_a_half_precision_model_gives_float32() -> None:
 def test_bad_texts_are_refused_before_the_model_runs(texts: list[str], message: str) -> None:
     bridge = make_twins("gpt_neox", make_tokenizer(bos=False)).bridge
     engine = tv.LocalEngine(bridge)
-    bridge.original_model.register_forward_pre_hook(refuse)
+    original(bridge).register_forward_pre_hook(refuse)
     with pytest.raises(ValueError, match=message):
         engine.text.encode(texts)
 
@@ -285,10 +285,10 @@ def test_anything_but_a_decoder_only_language_model_is_refused(as_users_run_it: 
     bridge = TransformerBridge.boot_transformers("tiny-t5", hf_model=model, tokenizer=make_tokenizer(), device="cpu")
     with pytest.raises(ValueError, match="tiny-t5 is not a decoder-only language model"):
         tv.engine_for(bridge)
-    config = transformers.BertConfig(
+    bert_config = transformers.BertConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
     )
-    encoder = transformers.BertForMaskedLM(config)
+    encoder = transformers.BertForMaskedLM(bert_config)
     encoder.config.architectures = ["BertForMaskedLM"]
     bridge = TransformerBridge.boot_transformers(
         "tiny-bert", hf_model=encoder, tokenizer=make_tokenizer(), device="cpu"
@@ -346,7 +346,7 @@ def small_memory(bridge: TransformerBridge, most_rows: int) -> torch.utils.hooks
         if len(args[0]) > most_rows:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    return bridge.original_model.model.layers[2].register_forward_pre_hook(full)
+    return original(bridge).model.layers[2].register_forward_pre_hook(full)
 
 
 @pytest.mark.parametrize("most_rows", [1, 2, 7])

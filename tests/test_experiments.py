@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from models import Twins, ids_of, make_twins
+from models import Twins, ids_of, make_twins, original
 from oracle import count_positions, plain_generate, refuse
 from results import make_settings, score_of
 from transformer_lens.model_bridge import TransformerBridge
@@ -92,7 +92,7 @@ def test_wrong_use_of_a_sweep_says_what_to_do(as_users_run_it: None) -> None:
     for wrong in ([1.5], 2):
         with pytest.raises(ValueError, match="layer"):
             tv.sweep_layers(twins.bridge, TASK, prompts, vectors, wrong)  # type: ignore[arg-type]
-    twins.bridge.original_model.register_forward_pre_hook(refuse)
+    original(twins.bridge).register_forward_pre_hook(refuse)
     with pytest.raises(ValueError, match="prompt 1 has .* with 125 more to come, and the context of tiny-gpt2 is 128"):
         tv.sweep_layers(
             twins.bridge, TASK, [prompts[0], Prompt((), "a b c", "A", Template())], vectors, max_new_tokens=126
@@ -195,7 +195,7 @@ def test_wrong_use_of_an_evaluation_says_what_to_do(gpt2: Twins, as_users_run_it
     vectors = TaskVectors(torch.ones(1, 4, 32), "tiny-gpt2", "t")
     wide = TaskVectors(torch.ones(1, 4, 64), "tiny-gpt2", "t")
     prompts = WORDS.sample(2, shots=2, seed=0)
-    gpt2.bridge.original_model.register_forward_pre_hook(refuse)
+    original(gpt2.bridge).register_forward_pre_hook(refuse)
     for call, message in (
         (lambda: tv.evaluate(gpt2.bridge, WORDS, WORDS.sample(2, shots=0, seed=0), vectors, 1), "shots=1 or more"),
         (lambda: tv.evaluate(gpt2.bridge, WORDS, prompts, vectors, [1, 2]), "layer .1, 2. is not one of"),  # type: ignore[arg-type]
@@ -235,7 +235,7 @@ def test_conflicting_demonstrations_stay_and_the_vector_is_written_after_them(tw
 
 # The whole experiment
 
-SMALL = {"shots": 2, "n_dev": 6, "n_test": 7, "max_new_tokens": 2}
+SMALL: dict[str, Any] = {"shots": 2, "n_dev": 6, "n_test": 7, "max_new_tokens": 2}
 THIRD = Task("reverse", WORDS.inputs, lambda text: text[::-1], odd)
 TASKS = (WORDS, OTHER, THIRD)
 
@@ -363,8 +363,8 @@ def test_scores_of_different_prompts_are_not_compared() -> None:
         (lambda: Sweep((), ()), "a score for each"),
         (lambda: Sweep((1, 1), (score_of(1), score_of(2))), "different layers"),
         (lambda: Sweep((1, 4), (score_of(1), score_of(2)), 4), "layer 4 is not one of a model with 4 layers"),
-        (lambda: Evaluation(-1, *[score_of(1)] * 3, {}), "layer -1 is not one of"),
-        (lambda: Evaluation(1, *[score_of(1)] * 3, {"patched": score_of(1)}), "name them otherwise"),
+        (lambda: Evaluation(-1, score_of(1), score_of(1), score_of(1), {}), "layer -1 is not one of"),
+        (lambda: Evaluation(1, score_of(1), score_of(1), score_of(1), {"patched": score_of(1)}), "name them otherwise"),
         (lambda: make_settings(tasks=()), "at least one task"),
         (lambda: make_settings(layers=(4,)), "are not those of a model with 4 layers"),
         (lambda: make_settings(data={}), "a fingerprint of its data"),
@@ -447,7 +447,8 @@ def test_an_interrupted_run_resumes_and_repeats_nothing(
     for name, vectors in experiment.vectors.items():
         assert torch.equal(actual.vectors[name].values, vectors.values)
 
-    swept.clear(), extracted.clear()
+    swept.clear()
+    extracted.clear()
     monkeypatch.setattr(tv.LocalEngine, "forward", refuse)
     assert tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder) == experiment
     assert (swept, extracted) == ([], [])
@@ -581,7 +582,7 @@ def test_shuffled_demonstrations_are_as_wrong_as_can_be() -> None:
 
 
 def test_an_evaluation_refuses_the_wrong_number_of_vectors(gpt2: Twins, as_users_run_it: None) -> None:
-    gpt2.bridge.original_model.register_forward_pre_hook(refuse)
+    original(gpt2.bridge).register_forward_pre_hook(refuse)
     prompts = WORDS.sample(5, shots=2, seed=0)
     with pytest.raises(ValueError, match="3 vectors for 5 prompts"):
         tv.evaluate(gpt2.bridge, WORDS, prompts, TaskVectors(torch.ones(3, 4, 32), "tiny-gpt2", "t"), 1)

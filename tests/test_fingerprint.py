@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import LENGTH_DEPENDENT, make_twins
+from models import LENGTH_DEPENDENT, make_twins, original
 from torch import Tensor
 
 import tv_lens as tv
@@ -64,7 +64,7 @@ def test_an_ablated_model_is_another_model(change: Callable[[Any], None]) -> Non
     bridge = make_twins("llama").bridge
     before, logits = fingerprint(bridge), tv.patched_logits(bridge, ["a b"], ones("tiny-llama"), 0)
     with torch.no_grad():
-        change(bridge.original_model)
+        change(original(bridge))
     assert not torch.equal(tv.patched_logits(bridge, ["a b"], ones("tiny-llama"), 0), logits)
     assert fingerprint(bridge) != before
 
@@ -148,7 +148,7 @@ def test_torch_hooks_count_too(kind: str) -> None:
     bridge = make_twins("llama").bridge
     bridge(bridge.to_tokens("a"))
     before = fingerprint(bridge)
-    handle = getattr(bridge.original_model.model.layers[1], kind)(lambda module, *args: None)
+    handle = getattr(original(bridge).model.layers[1], kind)(lambda module, *args: None)
     assert fingerprint(bridge) != before
     handle.remove()
     assert fingerprint(bridge) == before
@@ -179,7 +179,7 @@ def test_a_resumed_folder_never_reports_another_models_table(tmp_path: Path) -> 
     ):
         tv.run_experiment(bridge, [TASK], folder=tmp_path, **SMALL)
     with torch.no_grad():
-        zero_three_of_four_heads(bridge.original_model)
+        zero_three_of_four_heads(original(bridge))
     with pytest.raises(tv.TvLensError, match="other settings .weights was"):
         tv.run_experiment(bridge, [TASK], folder=tmp_path, **SMALL)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import Twins, ids_of, make_tokenizer, make_twins
+from models import Twins, ids_of, make_tokenizer, make_twins, original
 from oracle import plain_generate, plain_run, refuse, until_end
 
 import tv_lens as tv
@@ -100,7 +100,7 @@ def test_rows_stop_at_their_own_end() -> None:
 def test_the_end_of_text_ends_the_answer() -> None:
     twins = make_twins("llama")
     free = tv.generate(twins.bridge, PROMPTS[:1], max_new_tokens=4).tokens[0]
-    twins.bridge.original_model.generation_config.eos_token_id = [int(free[1]), 1]
+    original(twins.bridge).generation_config.eos_token_id = [int(free[1]), 1]
     stopped = tv.generate(twins.bridge, PROMPTS[:1], max_new_tokens=4)
     length = free.tolist().index(int(free[1])) + 1
     assert stopped.tokens[0].tolist() == free.tolist()[:length]
@@ -150,7 +150,7 @@ def test_wrong_samplers_are_refused(settings, message: str) -> None:  # type: ig
 def test_wrong_use_says_what_to_do(as_users_run_it: None) -> None:
     twins = make_twins("gpt2")
     vectors, bridge = vectors_for(twins, 4), twins.bridge
-    bridge.original_model.register_forward_pre_hook(refuse)
+    original(bridge).register_forward_pre_hook(refuse)
     other = TaskVectors(torch.zeros(4, 4, 64), "wide-model", "t")
     for layer in (-1, 4, [0, 1, 2, 9]):
         with pytest.raises(ValueError, match=r"layer (-1|4|9) is not one of tiny-gpt2: .* 0 to 3"):

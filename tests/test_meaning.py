@@ -9,7 +9,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from models import Twins, make_twins
+from models import Twins, make_twins, original
 from scipy.spatial.distance import cdist
 from test_extraction import Canned
 from transformer_lens.model_bridge import TransformerBridge
@@ -57,8 +57,8 @@ def test_special_tokens_are_distinguished() -> None:
     """They decode to nothing; the unembedding is made to point to the BOS, id 0."""
     twins = make_twins("gpt2")
     with torch.no_grad():
-        twins.bridge.original_model.lm_head.weight[0] *= 1000
-    head = twins.bridge.original_model.lm_head.weight[0].detach()
+        original(twins.bridge).lm_head.weight[0] *= 1000
+    head = original(twins.bridge).lm_head.weight[0].detach()
     values = (head - head.mean()).expand(1, 4, -1)
     assert tv.top_tokens(twins.bridge, TaskVectors(values, "tiny", "t"), 3, k=1).tokens == (("<token 0>",),)
 
@@ -80,9 +80,9 @@ def test_wrong_use_of_top_tokens_says_what_to_do(gpt2: Twins) -> None:
 def test_a_model_in_train_mode_is_read_and_stays_in_train_mode(gpt2: Twins) -> None:
     vectors = TaskVectors(torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0)), "m", "t")
     expected = tv.top_tokens(gpt2.bridge, vectors, 1)
-    gpt2.bridge.original_model.train()
+    original(gpt2.bridge).train()
     assert tv.top_tokens(gpt2.bridge, vectors, 1) == expected
-    assert gpt2.bridge.original_model.training
+    assert original(gpt2.bridge).training
 
 
 # Similarity
@@ -140,7 +140,8 @@ def test_the_permutation_test_is_exact_if_all_orders_can_be_tried() -> None:
     actual = tv.compare_tasks([a, b], 0)
 
     def gap(owners: tuple[int, ...]) -> float:
-        same, other = [], []
+        same: list[float] = []
+        other: list[float] = []
         for i in range(5):
             for j in range(i):
                 (same if owners[i] == owners[j] else other).append(float(actual.cosines[i, j]))

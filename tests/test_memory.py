@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from models import Twins, make_twins
+from models import Twins, make_twins, original
 
 import tv_lens as tv
 
@@ -39,7 +39,7 @@ def live() -> dict[int, int]:
 def peak(twins: Twins) -> Iterator[list[int]]:
     """Bytes alive at the last block of every pass, of tensors made since."""
     seen: list[int] = []
-    last = twins.bridge.original_model.model.layers[-1]
+    last = original(twins.bridge).model.layers[-1]
     handle = last.register_forward_hook(lambda module, args, output: seen.append(sum(live().values())))
     gc.collect()
     gc.freeze()  # so that the collector lists only new objects
@@ -122,7 +122,7 @@ def test_python_objects_do_not_grow_quadratically_either(llama: Twins, call: str
 
 
 def hooks_of(twins: Twins) -> int:
-    modules = [*twins.bridge.modules(), *twins.bridge.original_model.modules()]
+    modules = [*twins.bridge.modules(), *original(twins.bridge).modules()]
     torch_hooks = sum(
         len(hooks)
         for module in modules

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import Twins, make_tokenizer, make_twins
+from models import Twins, make_tokenizer, make_twins, original
 
 import tv_lens as tv
 
@@ -40,7 +40,7 @@ def state_of(twins: Twins) -> dict[str, Any]:
     bridge, tokenizer = twins.bridge, twins.bridge.tokenizer
     modules = {
         f"{part}.{name}": module
-        for part, model in (("bridge", bridge), ("model", bridge.original_model))
+        for part, model in (("bridge", bridge), ("model", original(bridge)))
         for name, module in model.named_modules()
     }
     return {
@@ -52,10 +52,10 @@ def state_of(twins: Twins) -> dict[str, Any]:
         "lens hooks": {name: [id(h) for h in point.fwd_hooks] for name, point in bridge.hook_dict.items()},
         "parameters": {
             name: (p.requires_grad, p.dtype, p.grad is None, p.sum().item())
-            for name, p in bridge.original_model.named_parameters()
+            for name, p in original(bridge).named_parameters()
         },
-        "config": bridge.original_model.config.to_dict(),
-        "generation config": bridge.original_model.generation_config.to_dict(),
+        "config": original(bridge).config.to_dict(),
+        "generation config": original(bridge).generation_config.to_dict(),
         "cfg": dict(vars(bridge.cfg)),
         "tokenizer": {
             name: repr(value)
@@ -86,9 +86,9 @@ def touched() -> Twins:
     twins = make_twins("gpt2", make_tokenizer(pad="</s>"))
     bridge = twins.bridge
     bridge(bridge.to_tokens("a"))  # TransformerLens itself hooks the layer norms at a model's first run
-    bridge.original_model.train()
-    bridge.original_model.transformer.h[1].eval()
-    next(bridge.original_model.parameters()).requires_grad_(False)
+    original(bridge).train()
+    original(bridge).transformer.h[1].eval()
+    next(original(bridge).parameters()).requires_grad_(False)
     bridge.add_hook("blocks.1.hook_resid_post", lambda residual, hook: residual)
     return twins
 
@@ -107,7 +107,7 @@ def test_nothing_is_left_changed_when_the_model_raises(touched: Twins, call: str
     def fail(module: Any, args: Any) -> None:
         raise error("in the middle")
 
-    handle = touched.bridge.original_model.transformer.h[2].register_forward_pre_hook(fail)
+    handle = original(touched.bridge).transformer.h[2].register_forward_pre_hook(fail)
     try:
         before = state_of(touched)
         with pytest.raises(error, match="in the middle"):
@@ -129,11 +129,11 @@ def test_nothing_is_left_changed_when_the_sampler_raises(touched: Twins) -> None
 
 def test_train_mode_does_not_make_answers_random() -> None:
     twins = make_twins("gpt2")
-    assert twins.bridge.original_model.config.resid_pdrop > 0
+    assert original(twins.bridge).config.resid_pdrop > 0
     quiet = tv.extract(twins.bridge, PROMPTS, SUBSTITUTES).values
-    twins.bridge.original_model.train()
+    original(twins.bridge).train()
     torch.testing.assert_close(tv.extract(twins.bridge, PROMPTS, SUBSTITUTES).values, quiet)
-    assert twins.bridge.original_model.training
+    assert original(twins.bridge).training
 
 
 def test_results_hold_no_graph() -> None:

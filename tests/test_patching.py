@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Twins, ids_of, make_tokenizer, make_twins
+from models import Twins, ids_of, make_tokenizer, make_twins, original
 from oracle import count_positions, refuse, until_end
 from oracle_edits import PlainEdit, hooked_run
 from torch import Tensor
@@ -301,7 +301,7 @@ def test_vectors_for_some_layers_only(gpt2: Twins) -> None:
 def test_wrong_keywords_say_what_to_do(as_users_run_it: None) -> None:
     twins = make_twins("gpt2")
     bridge, vectors = twins.bridge, vectors_for(twins)
-    bridge.original_model.register_forward_pre_hook(refuse)
+    original(bridge).register_forward_pre_hook(refuse)
     for keywords, message in (
         ({"positions": "outputs"}, "prompt 0 has 0 tokens for positions='outputs'.*keep_demonstrations=True"),
         ({"positions": "first"}, "positions is 'first'; use 'last', 'separators'"),

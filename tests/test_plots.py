@@ -28,7 +28,7 @@ RESULTS = tuple(
         name,
         "c",
         SWEEP,
-        EVALUATION if name == "b" else Evaluation(3, *[score_of(5)] * 3, controls),
+        EVALUATION if name == "b" else Evaluation(3, score_of(5), score_of(5), score_of(5), controls),
         None,
         ("dev",) * 10,
         ("test",) * 10,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import ids_of, make_tokenizer, make_twins
+from models import ids_of, make_tokenizer, make_twins, original
 from oracle import count_positions, plain_run
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -97,7 +97,7 @@ def test_rows_that_have_ended_leave_a_sweep_of_many_tokens() -> None:
     twins = make_twins("gpt2", make_tokenizer())
     prompts = LETTERS.sample(3, shots=1, seed=0, template=tv.Template())
     line_end = ids_of(twins.bridge, "\n", prepend_bos=False)[0, -1]
-    unembed = twins.bridge.original_model.lm_head.weight.detach()
+    unembed = original(twins.bridge).lm_head.weight.detach()
     pointed = unembed[line_end] - unembed.mean(0)
     values = pointed.expand(1, 4, -1) * 1000
     vectors = tv.TaskVectors(values, model="tiny-gpt2", task="line end")

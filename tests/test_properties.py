@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from models import Twins, make_tokenizer, make_twins
+from models import Twins, make_tokenizer, make_twins, original
 from oracle import plain_generate, plain_run, refuse
 from passes import logits_of, read_texts
 from torch import Tensor
@@ -195,7 +195,7 @@ def test_neither_order_nor_batch_size_changes_anything(
 def guarded() -> Twins:
     """A model that must not run."""
     twins = make_twins("llama")
-    twins.bridge.original_model.register_forward_pre_hook(refuse)
+    original(twins.bridge).register_forward_pre_hook(refuse)
     return twins
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CONFIGS, LENGTH_DEPENDENT, Twins, ids_of, make_tokenizer, make_twins
+from models import CONFIGS, LENGTH_DEPENDENT, Twins, ids_of, make_tokenizer, make_twins, original
 from oracle import plain_generate, plain_run, until_end
 from passes import read_groups, read_texts
 from test_no_trace import assert_same, state_of
@@ -39,7 +39,7 @@ def test_threads_take_turns() -> None:
     twins = make_twins("gpt2")
     bridge, vectors = twins.bridge, vectors_for(twins.bridge)
     bridge(bridge.to_tokens("a"))
-    bridge.original_model.train()
+    original(bridge).train()
     shared = tv.LocalEngine(bridge, progress=False)
     jobs: list[Callable[[Any], Any]] = [
         lambda model: tv.extract(model, PROMPTS, SUBSTITUTES).values.tolist(),
@@ -159,7 +159,7 @@ def test_no_token_is_chosen_from_nan(gpt2: Twins, value: float) -> None:
                 output.logits[row] = value
         return output
 
-    handle = gpt2.bridge.original_model.register_forward_hook(overflow, with_kwargs=True)
+    handle = original(gpt2.bridge).register_forward_hook(overflow, with_kwargs=True)
     try:
         for call in (
             lambda: tv.generate(engine, PROMPTS, max_new_tokens=2),
@@ -225,7 +225,7 @@ def test_a_model_that_counts_pads_is_detected_and_run_without_them() -> None:
         changed = hidden + 0.2 * places
         return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
-    block = twins.bridge.original_model.model.layers[0]
+    block = original(twins.bridge).model.layers[0]
     block.register_forward_pre_hook(count_pads, with_kwargs=True)
     twins.blocks[0].register_forward_pre_hook(count_pads, with_kwargs=True)
     texts = ("a", "hot -> cold", "the quick brown fox", "b")
@@ -248,7 +248,7 @@ def test_a_torch_hook_on_a_block_is_respected(name: str) -> None:
     def double(module: Any, args: Any, output: Any) -> Any:
         return (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
 
-    blocks = next(m for m in twins.bridge.original_model.modules() if isinstance(m, torch.nn.ModuleList))
+    blocks = next(m for m in original(twins.bridge).modules() if isinstance(m, torch.nn.ModuleList))
     blocks[1].register_forward_hook(double)
     twins.blocks[1].register_forward_hook(double)
     texts = [prompt.text for prompt in PROMPTS]
@@ -320,7 +320,7 @@ def test_engines_of_one_model_share_what_was_learned() -> None:
         if len(args[0]) > 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    handle = bridge.original_model.model.layers[2].register_forward_pre_hook(full)
+    handle = original(bridge).model.layers[2].register_forward_pre_hook(full)
     with pytest.warns(tv.TvLensWarning, match="no memory for 5 rows in a pass; continuing with fewer"):
         tv.generate(bridge, PROMPTS, max_new_tokens=1)
     with warnings.catch_warnings():

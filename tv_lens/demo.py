@@ -12,6 +12,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
@@ -81,12 +82,20 @@ def _convert_into(folder: Path) -> None:
 
 def _convert(source: Path, target: Path) -> None:
     file = {"gguf_file": source.name}
-    # Newer versions of transformers keep the weights packed, which cannot be saved, unless asked to dequantize.
-    config = vars(transformers).get("GgufConfig")
-    plain = {} if config is None else {"quantization_config": config(dequantize=True)}
-    model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **file, **plain)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source.parent, dtype=torch.float32, **file, **_dequantized()
+    )
     model.save_pretrained(target)
     transformers.AutoTokenizer.from_pretrained(source.parent, **file).save_pretrained(target)
+
+
+def _dequantized() -> dict[str, Any]:
+    """Newer versions of transformers keep the weights packed, which cannot be saved, unless asked to dequantize."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _gguf_file(scratch: Path) -> Path:
