@@ -284,7 +284,7 @@ def positions(bench: Bench, run: Callable[[], Any]) -> int:
     n = bench.bridge.cfg.n_layers
     firsts = [
         next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)[0]
-        for model in (original(bench.bridge), bench.plain)
+        for model in (bench.bridge.original_model, bench.plain)
     ]
     handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in firsts]
     run()
@@ -335,9 +335,11 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     bridge = tv.demo_model() if options.model is None else TransformerBridge.boot_transformers(options.model)
-    source = options.model or original(bridge).config._name_or_path
+    original: Any = bridge.original_model
+    plain_models: Any = transformers.AutoModelForCausalLM
+    source = options.model or original.config._name_or_path
     engine = tv.LocalEngine(bridge, progress=False)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    plain = plain_models.from_pretrained(source, dtype=torch.float32).eval()
     task = tv.library()[options.task]
 
     def bench_of(

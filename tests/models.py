@@ -165,10 +165,11 @@ def make_tokenizer(bos: bool = True, pad: str | None = "<pad>", side: str = "rig
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
         )
     tokens = {"eos_token": "</s>", **({"bos_token": "<s>"} if bos else {}), **({"pad_token": pad} if pad else {})}
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, padding_side=side, **tokens)
-    made.init_kwargs["name_or_path"] = "tiny"
-    made.init_kwargs["add_bos_token"] = True
-    return made
+    kind: Any = transformers.PreTrainedTokenizerFast  # transformers leaves its constructor untyped
+    tokenizer = kind(tokenizer_object=inner, padding_side=side, **tokens)
+    tokenizer.init_kwargs["name_or_path"] = "tiny"
+    tokenizer.init_kwargs["add_bos_token"] = True
+    return tokenizer
 
 
 def make_twins(name: str, tokenizer: Any = None, seed: int = 0, **changes: Any) -> Twins:
@@ -177,7 +178,8 @@ def make_twins(name: str, tokenizer: Any = None, seed: int = 0, **changes: Any) 
     config = getattr(transformers, kind)(**(_SIZES | settings | changes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        kinds: Any = transformers.AutoModelForCausalLM  # transformers leaves `from_config` untyped
+        model = kinds.from_config(config).eval()
         for parameter in model.parameters():  # at the usual scale all outputs would be within 1e-4 of each other
             parameter.data.add_(torch.randn_like(parameter) * 0.15)
     model.config.architectures = [type(model).__name__]

@@ -101,7 +101,7 @@ def hooked_run(
         handles.append(block.register_forward_hook(after("resid_post", layer)))
         projection, mlp = output_projection(block), child(block, _MLP)
         if mlp is not None and type(mlp).__name__ == "BloomMLP":  # which adds the residual stream to its output
-            mlp = mlp.dense_4h_to_h
+            mlp = mlp.get_submodule("dense_4h_to_h")
         if projection is not None:
             handles.append(projection.register_forward_hook(after("attn_out", layer)))
             handles.append(projection.register_forward_pre_hook(before(layer)))

@@ -4,6 +4,7 @@ Hugging Face and hand calculation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_wrong_use_of_logprobs_says_what_to_do(as_users_run_it: None) -> None:
     twins = make_twins("gpt2")
     bridge, vectors = twins.bridge, vectors_for(twins)
     original(bridge).register_forward_pre_hook(refuse)
-    for call, message in (
+    wrong: tuple[tuple[Callable[[], object], str], ...] = (
         (lambda: tv.answer_logprobs(bridge, ["a"]), "prompt 0 has no answer; pass answers="),
         (lambda: tv.answer_logprobs(bridge, PROMPTS, ["a"]), "for 4 prompts; give a list with one for each"),
         (lambda: tv.answer_logprobs(bridge, PROMPTS, "abcd"), "give a list with one for each"),
@@ -115,7 +116,8 @@ def test_wrong_use_of_logprobs_says_what_to_do(as_users_run_it: None) -> None:
         (lambda: tv.answer_logprobs(bridge, PROMPTS, vectors=vectors, layer=9), "layer 9 is not one of"),
         (lambda: tv.answer_logprobs(bridge, ["a b"], ["b " * 126]), "prompt 0 has . tokens, with .* more to come"),
         (lambda: tv.divergence(bridge, [PROMPTS[0].zero_shot()], vectors.mean(), 1), "shots=1 or more"),
-    ):
+    )
+    for call, message in wrong:
         with pytest.raises(tv.TvLensError, match=message):
             call()
     weak = tv.LocalEngine(bridge)

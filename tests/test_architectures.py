@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,7 @@ FAILURES = {
 WHOLE_ROWS = ("mamba", "mamba2", "rwkv")  # no KV cache: run whole for each token
 
 
-def law(check):  # type: ignore[no-untyped-def]
+def law(check: Callable[[str], None]) -> Callable[[str], None]:
     """A test of every architecture; of those in `FAILURES` it must fail."""
     broken = {
         name: pytest.mark.xfail(reason=reason, strict=True)
@@ -40,7 +41,8 @@ def law(check):  # type: ignore[no-untyped-def]
         if check.__name__.removeprefix("test_") in laws
     }
     names = [pytest.param(name, marks=broken.get(name, ())) for name in CONFIGS]
-    return pytest.mark.parametrize("name", names)(check)
+    parametrized: Callable[[str], None] = pytest.mark.parametrize("name", names)(check)
+    return parametrized
 
 
 def table() -> str:

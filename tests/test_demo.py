@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -112,7 +113,7 @@ def test_a_damaged_cache_says_which_folder_to_delete(tmp_path: Path) -> None:
 
 
 def test_without_the_extra_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "tv_lens\[demo\]"'):
         tv.demo_model(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -318,7 +319,11 @@ def test_a_write_that_does_not_happen_is_an_error(monkeypatch: pytest.MonkeyPatc
     vectors = tv.TaskVectors(torch.ones(1, 4, 32), "tiny-llama", "t")
     tv.patch_generate(engine, list(TEXTS), vectors, tv.layers(1, 2), max_new_tokens=1)
     run = bridge.run_with_hooks
-    monkeypatch.setattr(bridge, "run_with_hooks", lambda *a, fwd_hooks, **k: run(*a, fwd_hooks=fwd_hooks[1:], **k))
+
+    def without_the_first(*args: Any, **options: Any) -> Any:
+        return run(*args, **options | {"fwd_hooks": options["fwd_hooks"][1:]})
+
+    monkeypatch.setattr(bridge, "run_with_hooks", without_the_first)
     with pytest.raises(RuntimeError, match="2 writes were to be made and 1 were"):
         tv.patch_generate(engine, list(TEXTS), vectors, tv.layers(1, 2), max_new_tokens=1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -277,9 +278,8 @@ def test_bad_texts_are_refused_before_the_model_runs(texts: list[str], message: 
 
 
 def test_anything_but_a_decoder_only_language_model_is_refused(as_users_run_it: None) -> None:
-    config = transformers.T5Config(
-        vocab_size=300, d_model=32, d_ff=32, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
+    start: dict[str, Any] = {"decoder_start_token_id": 0}
+    config = transformers.T5Config(vocab_size=300, d_model=32, d_ff=32, d_kv=8, num_layers=2, num_heads=4, **start)
     model = transformers.T5ForConditionalGeneration(config)
     model.config.architectures = ["T5ForConditionalGeneration"]
     bridge = TransformerBridge.boot_transformers("tiny-t5", hf_model=model, tokenizer=make_tokenizer(), device="cpu")
@@ -346,7 +346,8 @@ def small_memory(bridge: TransformerBridge, most_rows: int) -> torch.utils.hooks
         if len(args[0]) > most_rows:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    return original(bridge).model.layers[2].register_forward_pre_hook(full)
+    block: torch.nn.Module = original(bridge).model.layers[2]
+    return block.register_forward_pre_hook(full)
 
 
 @pytest.mark.parametrize("most_rows", [1, 2, 7])

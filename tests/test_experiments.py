@@ -138,9 +138,9 @@ def test_an_evaluation_holds_what_each_call_alone_gives(twins: Twins) -> None:
     for name, each in {"patched": vectors, **controls}.items():
         texts = tv.patch_generate(twins.bridge, prompts, each, 2, max_new_tokens=4).texts
         assert actual.conditions[name].texts == texts
-    for each in actual.conditions.values():
-        assert each.answers == tuple(prompt.query.upper() for prompt in prompts)
-        assert each.correct == tuple(len(text) % 2 == 1 for text in each.texts)
+    for score in actual.conditions.values():
+        assert score.answers == tuple(prompt.query.upper() for prompt in prompts)
+        assert score.correct == tuple(len(text) % 2 == 1 for text in score.texts)
 
 
 def test_a_random_control_is_as_long_as_the_vector_and_points_elsewhere(gpt2: Twins) -> None:
@@ -178,8 +178,9 @@ def test_the_paired_test_is_mcnemars() -> None:
 
 
 def test_an_evaluations_table_names_layer_and_interval() -> None:
-    parts = {"zero_shot": score_of(0), "few_shot": score_of(9), "patched": score_of(8)}
-    actual = Evaluation(3, **parts, controls={"random": score_of(1)})
+    actual = Evaluation(
+        3, zero_shot=score_of(0), few_shot=score_of(9), patched=score_of(8), controls={"random": score_of(1)}
+    )
     table = actual.to_pandas().set_index("condition")
     assert table["accuracy"].to_dict() == {"zero-shot": 0, "few-shot": 0.9, "patched": 0.8, "random": 0.1}
     assert table["layer"].isna().to_dict() == {"zero-shot": True, "few-shot": True, "patched": False, "random": False}
@@ -293,7 +294,7 @@ def test_the_seed_reaches_every_draw(llama: Twins, seed: int) -> None:
 def test_the_other_task_is_half_the_list_away(llama: Twins) -> None:
     """Not the neighbor, which is more likely to be a relative."""
     tasks = [replace(WORDS, name=f"task {i}") for i in range(5)]
-    actual = tv.run_experiment(llama.bridge, tasks, **{**SMALL, "n_dev": 2, "n_test": 2, "layers": [1]})
+    actual = tv.run_experiment(llama.bridge, tasks, **SMALL | {"n_dev": 2, "n_test": 2, "layers": [1]})
     assert [result.other_task for result in actual.results] == ["task 2", "task 3", "task 4", "task 0", "task 1"]
     for i, result in enumerate(actual.results):
         _, test = tasks[i].split(0.5, seed=0)
@@ -422,7 +423,7 @@ def test_an_interrupted_run_resumes_and_repeats_nothing(
 ) -> None:
     swept: list[str] = []
     extracted: list[str] = []
-    really_sweep, really_extract = experiments.sweep_layers, extraction.extract
+    really_sweep, really_extract = tv.sweep_layers, extraction.extract
 
     def sweep(engine: Any, task: Task, *args: Any, **options: Any) -> Sweep:
         swept.append(task.name)
@@ -552,6 +553,7 @@ def test_the_real_effect_beats_its_controls(demo: TransformerBridge) -> None:
     layers = [5, 17, 18, 19, 20]
     actual = tv.run_experiment(demo, [task, rival], n_dev=20, n_test=30, layers=layers)
     evaluation = actual.results[0].evaluation
+    assert isinstance(evaluation.layer, int)
     assert evaluation.layer >= 17
     assert evaluation.few_shot.accuracy >= 0.6
     assert evaluation.patched.accuracy >= 0.4
@@ -612,8 +614,10 @@ def test_a_folder_belongs_to_one_rule(gpt2: Twins, tmp_path: Path) -> None:
 def test_numpy_numbers_and_long_names_can_be_saved(gpt2: Twins, tmp_path: Path, as_users_run_it: None) -> None:
     import numpy as np
 
-    layers, task = list(np.arange(0, 4, 2)), replace(WORDS, name="北" * 80)
-    actual = tv.run_experiment(gpt2.bridge, [task], folder=tmp_path, layers=layers, seed=np.int64(1), **FEW)
+    layers: Any = list(np.arange(0, 4, 2))
+    seed: Any = np.int64(1)
+    task = replace(WORDS, name="北" * 80)
+    actual = tv.run_experiment(gpt2.bridge, [task], folder=tmp_path, layers=layers, seed=seed, **FEW)
     again = tv.run_experiment(gpt2.bridge, [task], folder=tmp_path, layers=[0, 2], seed=1, **FEW)
     assert again.results == actual.results
     assert actual.results[0].sweep.layers == (0, 2)

@@ -34,11 +34,12 @@ class Canned(Engine):
     def __init__(self, reads: dict[str, Tensor]) -> None:
         self.info = ModelInfo("Canned", n_layers=3, d_model=4)
         self.text = Numbered(self.info, list(reads))
+        self.texts = list(reads)
         self.reads = reads
 
     def forward(self, tokens: tv.Tokens, *, read: Sequence[Site] = (), logits: bool = True, **options: Any) -> Pass:
         assert not logits, "extraction needs no logits"
-        texts = [self.text.texts[i] for i in tokens.ids[:, -1].tolist()]
+        texts = [self.texts[i] for i in tokens.ids[:, -1].tolist()]
         return Pass(reads={site: torch.stack([self.reads[text] for text in texts]) for site in read})
 
 
@@ -143,7 +144,8 @@ def test_wrong_use_of_extract_says_what_to_do(  # type: ignore[no-untyped-def]
 
 def test_layers_do_not_count_from_the_end(as_users_run_it: None) -> None:
     vectors = TaskVectors(torch.zeros(1, 3, 4), "m", "t")
-    for layer in (-1, 3, 1.0, True, "0"):
+    wrong: list[Any] = [-1, 3, 1.0, True, "0"]
+    for layer in wrong:
         with pytest.raises(ValueError, match=f"layer {layer} is not one of m: layer l .* 0 to 2"):
             vectors.at(layer)
 

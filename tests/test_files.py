@@ -84,7 +84,7 @@ def damaged(content: bytes, rounds: int, seed: int) -> Iterator[bytes]:
 
 def retyped(data: Any) -> Iterator[Any]:
     """The same JSON with each of its values in turn replaced by another type or removed."""
-    others = (None, True, 3, -1, 1.5, 10**30, "text", "", [], {}, ["text"], [1], {"text": 1}, [[]])
+    others: tuple[Any, ...] = (None, True, 3, -1, 1.5, 10**30, "text", "", [], {}, ["text"], [1], {"text": 1}, [[]])
     places: list[tuple[Any, ...]] = []
 
     def visit(value: Any, at: tuple[Any, ...]) -> None:
@@ -203,12 +203,13 @@ def test_a_file_that_is_not_a_task_gives_a_short_error(tmp_path: Path, name: str
 
 
 def test_a_lone_surrogate_is_refused_wherever_a_task_comes_from() -> None:
-    for make in (
+    makers: tuple[Callable[[], tv.Task], ...] = (
         lambda: tv.Task("t", ("a", "b\udc00"), str.upper),
         lambda: tv.Task("t\udcff", ("a", "b"), str.upper),
         lambda: tv.Task.from_mapping("t", {"a": "\ud83e"}),
         lambda: tv.Task.from_mapping("t", {"a": ["b", "\ud83e"]}),
-    ):
+    )
+    for make in makers:
         with pytest.raises(ValueError, match="holds half of a surrogate pair"):
             make()
 
@@ -241,7 +242,8 @@ def test_folders_and_missing_files_are_clear_errors(tmp_path: Path, name: str) -
 
 
 def vectors_in(path: Path, content: bytes) -> tv.TaskVectors | None:
-    return read(tv.TaskVectors.load, path, content)
+    vectors: tv.TaskVectors | None = read(tv.TaskVectors.load, path, content)
+    return vectors
 
 
 def with_header(content: bytes, ours: Any) -> bytes:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -155,9 +157,10 @@ def test_wrong_use_says_what_to_do(as_users_run_it: None) -> None:
     for layer in (-1, 4, [0, 1, 2, 9]):
         with pytest.raises(ValueError, match=r"layer (-1|4|9) is not one of tiny-gpt2: .* 0 to 3"):
             tv.patch_generate(bridge, PROMPTS, vectors, layer)
-    for layer in (1.5, [0, 1], "last", None, True):
+    not_layers: list[Any] = [1.5, [0, 1], "last", None, True]
+    for wrong in not_layers:
         with pytest.raises(ValueError, match="give one int, or one int for each"):
-            tv.patch_generate(bridge, PROMPTS, vectors, layer)  # type: ignore[arg-type]
+            tv.patch_generate(bridge, PROMPTS, vectors, wrong)
     with pytest.raises(ValueError, match=r"wide-model \(4 layers, d_model 64\) and tiny-gpt2 has 4 layers, d_model 32"):
         tv.patched_logits(bridge, PROMPTS, other, 0)
     with pytest.raises(ValueError, match="4 vectors for 3 prompts"):
@@ -192,10 +195,11 @@ def test_an_engine_that_cannot_continue_gives_one_token_and_refuses_more() -> No
     engine = tv.LocalEngine(twins.bridge)
     engine.capabilities -= {Capability.CONTINUE}
     assert tv.generate(engine, PROMPTS, max_new_tokens=1).tokens.shape == (4, 1)
-    for call in (
+    calls: tuple[Callable[[], object], ...] = (
         lambda: tv.generate(engine, PROMPTS),
         lambda: tv.patch_generate(engine, PROMPTS, vectors_for(twins, 4), 1, max_new_tokens=2),
-    ):
+    )
+    for call in calls:
         with pytest.raises(ValueError, match="tiny-gpt2 cannot generate more than one token; this engine has PATCH, "):
             call()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,17 +156,18 @@ def test_a_sweep_at_several_positions_is_layer_by_layer(twins: Twins, positions:
     task = tv.Task("upper", ("a b", "bb c", "cold d", "dog e", "quick brown"), str.upper)
     prompts = task.sample(4, shots=2, seed=0, template=NEVER)
     vectors = vectors_for(twins, 4)
-    keywords = {"how": tv.add(2.0), "positions": positions, "keep_demonstrations": True, "max_new_tokens": 3}
-    sweep = tv.sweep_layers(twins.bridge, task, prompts, vectors, **keywords)  # type: ignore[arg-type]
+    keywords: dict[str, Any] = {"how": tv.add(2.0), "positions": positions, "max_new_tokens": 3}
+    keywords["keep_demonstrations"] = True
+    sweep = tv.sweep_layers(twins.bridge, task, prompts, vectors, **keywords)
     for layer in range(4):
-        alone = tv.patch_generate(twins.bridge, prompts, vectors, layer, **keywords)  # type: ignore[arg-type]
+        alone = tv.patch_generate(twins.bridge, prompts, vectors, layer, **keywords)
         assert sweep.at(layer).texts == alone.texts
     for i, prompt in enumerate(prompts):
         table = tv.show_tokens(twins.bridge, prompt, positions=positions)  # type: ignore[arg-type]
         places = [position for position, edited in zip(table.positions, table.edited, strict=True) if edited]
         edits = [(2, position, 2 * vectors.values[i, 2], "add") for position in places]
         first = plain_logits(twins, prompt.text, edits).argmax()
-        again = tv.patch_generate(twins.bridge, prompts, vectors, 2, **{**keywords, "max_new_tokens": 1})  # type: ignore[arg-type]
+        again = tv.patch_generate(twins.bridge, prompts, vectors, 2, **{**keywords, "max_new_tokens": 1})
         assert again.tokens[i, 0] == first
 
 
@@ -210,15 +212,20 @@ def test_an_evaluation_takes_the_same_keywords(twins: Twins) -> None:
     task = tv.Task("upper", ("a b", "bb c", "cold d", "dog e", "quick brown", "x"), str.upper)
     prompts = task.sample(3, shots=2, seed=0, template=NEVER)
     vectors = vectors_for(twins, op="add", options={"substitutes": 1})
-    keywords = {"how": tv.add(3.0), "positions": "separators", "keep_demonstrations": True, "max_new_tokens": 2}
-    actual = tv.evaluate(twins.bridge, task, prompts, vectors, tv.layers(1, 3), **keywords)  # type: ignore[arg-type]
-    alone = tv.patch_generate(twins.bridge, prompts, vectors, tv.layers(1, 3), **keywords)  # type: ignore[arg-type]
+    keywords: dict[str, Any] = {
+        "how": tv.add(3.0),
+        "positions": "separators",
+        "keep_demonstrations": True,
+        "max_new_tokens": 2,
+    }
+    actual = tv.evaluate(twins.bridge, task, prompts, vectors, tv.layers(1, 3), **keywords)
+    alone = tv.patch_generate(twins.bridge, prompts, vectors, tv.layers(1, 3), **keywords)
     assert actual.patched.texts == alone.texts
     assert actual.layer == (1, 3)
     assert actual.to_pandas()["layer"].tolist()[2] == (1, 3)
     assert actual.plot().layout.title.text.endswith("patched at layers 1, 3")
     keywords.pop("keep_demonstrations")
-    clash = tv.conflict(twins.bridge, task, task, prompts, vectors, tv.layers(1, 3), **keywords)  # type: ignore[arg-type]
+    clash = tv.conflict(twins.bridge, task, task, prompts, vectors, tv.layers(1, 3), **keywords)
     assert clash.patched_task.texts == alone.texts
 
 
@@ -302,16 +309,17 @@ def test_wrong_keywords_say_what_to_do(as_users_run_it: None) -> None:
     twins = make_twins("gpt2")
     bridge, vectors = twins.bridge, vectors_for(twins)
     original(bridge).register_forward_pre_hook(refuse)
-    for keywords, message in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"positions": "outputs"}, "prompt 0 has 0 tokens for positions='outputs'.*keep_demonstrations=True"),
         ({"positions": "first"}, "positions is 'first'; use 'last', 'separators'"),
         ({"positions": [0]}, "negative numbers, which count from the end"),
         ({"positions": [-1, -1]}, "use different negative numbers"),
         ({"positions": []}, "use different negative numbers"),
         ({"positions": [-50]}, "prompt 0 has . tokens, so there is none at position -50"),
-    ):
+    )
+    for keywords, message in wrong:
         with pytest.raises(tv.TvLensError, match=message):
-            tv.patched_logits(bridge, PROMPTS, vectors, 1, **keywords)  # type: ignore[arg-type]
+            tv.patched_logits(bridge, PROMPTS, vectors, 1, **keywords)
     for make, message in (
         (lambda: tv.add(float("nan")), "strength is nan"),
         (lambda: tv.layers(), "give at least one layer"),
@@ -324,15 +332,16 @@ def test_wrong_keywords_say_what_to_do(as_users_run_it: None) -> None:
     with pytest.raises(tv.TvLensError, match="a list of at least one Prompt"):
         tv.generate(bridge, "a text")
     weak = tv.LocalEngine(bridge)
-    for capability, keywords in (
+    needed: tuple[tuple[Capability, dict[str, Any]], ...] = (
         (Capability.PATCH, {}),
         (Capability.ADD, {"how": tv.add()}),
         (Capability.KEEP_NORM, {"how": tv.add(keep_norm=True)}),
         (Capability.POSITIONS, {"positions": "query"}),
-    ):
+    )
+    for capability, keywords in needed:
         weak.capabilities = frozenset(Capability) - {capability}
         with pytest.raises(tv.UnsupportedError, match=f"tiny-gpt2 cannot {capability.value}; this engine has "):
-            tv.patched_logits(weak, PROMPTS, vectors, 1, **keywords)  # type: ignore[arg-type]
+            tv.patched_logits(weak, PROMPTS, vectors, 1, **keywords)
 
 
 def test_vectors_of_another_model_are_warned_about(gpt2: Twins) -> None:

@@ -141,11 +141,11 @@ def test_tokens_are_those_of_each_prompt_alone(
         for actual, start, change in ((plain, ids(prompt.text), None), (patched, asked, write)):
             expected = plain_generate(twins, start, 3, change)
             if clear_steps(twins, start, expected, change):
-                chosen = until_the_end(expected, prompt.template.separator)
+                chosen = until_the_end(expected, tv.PAPER.separator)
                 assert actual.tokens[row, : len(chosen)].tolist() == chosen
                 assert (actual.tokens[row, len(chosen) :] == 2).all()  # the tokenizer's padding
                 written = tokenizer().decode(chosen, skip_special_tokens=True)
-                assert actual[row] == written.split(prompt.template.separator)[0].strip()
+                assert actual[row] == written.split(tv.PAPER.separator)[0].strip()
 
 
 def until_the_end(chosen: list[int], separator: str) -> list[int]:

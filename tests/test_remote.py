@@ -165,7 +165,7 @@ def test_engines_that_cannot_patch_say_so_before_anything_runs(
     monkeypatch.setattr(inspected.remote, "_driver", driver)
     each_is_refused("was booted without enable_position_interventions=True, so no vector .*boot_vllm")
     engine = tv.RemoteEngine(inspected.remote)
-    assert (engine.info.n_ctx, engine.info.end_ids) == (64, {1, 5})
+    assert (engine.info.n_ctx, engine.info.end_ids) == (64, frozenset({1, 5}))
     with pytest.raises(ValueError, match="is 64"):
         engine.text.encode(["b " * 35])
 

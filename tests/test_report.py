@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -90,12 +90,13 @@ def test_it_opens_without_an_error_and_draws(browser: Any, page: Path, experimen
 @pytest.mark.parametrize("column", ["zero-shot", "patched", "p", "task"])
 def test_the_table_sorts_both_ways(browser: Any, page: Path, experiment: tv.Experiment, column: str) -> None:
     browser.get(page.as_uri())
-    key = {
+    keys: dict[str, Callable[[Any], Any]] = {
         "task": lambda result: result.task,  # B before u in every language
         "zero-shot": lambda result: result.evaluation.zero_shot.accuracy,
         "patched": lambda result: result.evaluation.patched.accuracy,
         "p": lambda result: result.evaluation.p_value,
-    }[column]
+    }
+    key = keys[column]
     up = [result.task for result in sorted(experiment.results, key=key)]
 
     def key_of(names: list[str]) -> list[Any]:

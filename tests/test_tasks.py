@@ -95,13 +95,14 @@ def test_numbers_in_a_mapping_are_refused(as_users_run_it: None) -> None:
 
 def test_one_answer_with_two_sets_of_alternatives_is_refused() -> None:
     """Which of them would count for it would depend on the order."""
-    for mapping in (
+    mappings: tuple[dict[str, Any], ...] = (
         {"big": ["small", "little"], "large": ["small", "tiny"]},
         {"big": ["small", "little"], "large": "small"},
         {"big": "small", "large": ["small", "tiny"]},
-    ):
+    )
+    for mapping in mappings:
         with pytest.raises(ValueError, match="the answer 'small' of 'large' has the alternatives .*give it the same"):
-            Task.from_mapping("t", mapping)  # type: ignore[arg-type]
+            Task.from_mapping("t", mapping)
     task = Task.from_mapping("t", {"big": ["small", "little"], "large": ["small", "little"]})
     assert task.answers("small") == ("small", "little")
 

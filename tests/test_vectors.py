@@ -6,6 +6,7 @@ import os
 import stat
 import struct
 import types
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -205,8 +206,8 @@ def test_a_file_of_version_0_1_is_read(tmp_path: Path, content: bytes) -> None:
     }
     old |= {"format": 1, "template": {"example": "Q: {input} {x}\nA: {output}", "separator": "\n\n"}}
     shape = list(VECTORS.values.shape)
-    header = json.dumps([old, shape], ensure_ascii=False).encode()
-    old["sha256"] = hashlib.sha256(header + VECTORS.values.numpy().tobytes()).hexdigest()
+    described = json.dumps([old, shape], ensure_ascii=False).encode()
+    old["sha256"] = hashlib.sha256(described + VECTORS.values.numpy().tobytes()).hexdigest()
     header["__metadata__"]["tv_lens"] = json.dumps(old, ensure_ascii=False)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -310,9 +311,17 @@ def test_wrong_arithmetic_says_what_to_do(as_users_run_it: None) -> None:
             A * factor
     with pytest.raises(ValueError, match="NaN or infinity"):
         made("large", [[3e38, 1.0]]) * 10
-    for wrong in (lambda: A + 1, lambda: A * "2", lambda: A * B, lambda: A * True, lambda: A - torch.ones(2)):
+    a: Any = A
+    wrong: tuple[Callable[[], object], ...] = (
+        lambda: a + 1,
+        lambda: a * "2",
+        lambda: a * B,
+        lambda: a * True,
+        lambda: a - torch.ones(2),
+    )
+    for call in wrong:
         with pytest.raises(TypeError):
-            wrong()
+            call()
 
 
 def test_a_table_holds_each_vectors_length() -> None:
