@@ -21,8 +21,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICKSTART = ROOT / "examples" / "quickstart.py"
 
 
-def block(name: str) -> str:
-    return re.search(rf"^```{name}\n(.*?)^```$", README, re.M | re.S)[1]  # type: ignore[index]
+def block(name: str, page: str = README) -> str:
+    return re.search(rf"^```{name}\n(.*?)^```$", page, re.M | re.S)[1]  # type: ignore[index]
 
 
 def test_the_readme_has_two_commands_of_one_line() -> None:
@@ -71,6 +71,36 @@ def test_the_readmes_session_gives_what_it_shows(demo: TransformerBridge) -> Non
         known[short] = tv.extract(known["model"], prompts, task.substitutes(prompts, 2, seed=0))
     session = doctest.DocTestParser().get_doctest(block("pycon"), known, "README", None, 0)
     assert len(session.examples) == 4
+    assert doctest.DocTestRunner().run(session).failed == 0
+
+
+def test_the_readmes_keywords_do_what_their_comments_say(demo: TransformerBridge) -> None:
+    """Each line runs, and none of them gives what the model does without its keyword."""
+    task = tv.library()["antonyms"]
+    prompts = task.sample(3, shots=2, seed=0, template=tv.Template("{input} -> {output}"))
+    known: dict[str, Any] = {"model": tv.LocalEngine(demo, progress=False), "prompts": prompts, "dev": task}
+    known |= {"extract": tv.extract, "patch_generate": tv.patch_generate}
+    known["vectors"] = tv.extract(known["model"], prompts, task.substitutes(prompts, 2, seed=0))
+    code = [line for line in block("python keywords").splitlines() if line]
+    statements = [line for line in code if re.match(r"from |\w+ = ", line)]
+    exec("\n".join(statements), known)
+    lines = [line for line in code if line not in statements]
+    steered, several, separators, heads, logprobs, divergence, shown = [eval(line, known) for line in lines]
+    assert (len(steered.texts), len(several.texts)) == (2, 3)
+    assert (heads.site, logprobs.shape, divergence.shape) == (tv.HEADS, (3,), (3,))
+    assert (divergence > 0).all()
+    plain = tv.generate(known["model"], prompts)
+    assert separators.texts != plain.texts
+    assert tv.generate(known["model"], ["hot ->", "tall ->"]).texts != steered.texts
+    outputs = [role == "output" for role in shown.roles]
+    assert sum(outputs) >= 2
+    assert list(shown.edited) == outputs
+
+
+def test_the_page_on_tokens_shows_what_show_tokens_prints(demo: TransformerBridge) -> None:
+    page = block("pycon", (ROOT / "docs" / "tokens.md").read_text(encoding="utf-8"))
+    session = doctest.DocTestParser().get_doctest(page, {"tv": tv, "model": demo}, "tokens.md", None, 0)
+    assert len(session.examples) == 3
     assert doctest.DocTestRunner().run(session).failed == 0
 
 

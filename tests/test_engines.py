@@ -182,9 +182,11 @@ def test_pads_in_the_middle_do_no_harm_at_any_edge(name: str, beyond: int) -> No
     twins, edge = make_twins(name), EDGES[name]
     engine = tv.LocalEngine(twins.bridge, prepend_bos=False, progress=False)
     seen = max(6, edge + beyond)
-    prefix, tail = seen - 3, 3
-    groups = [["a " * prefix + "b", "a " * prefix + "x"], ["y " + "b " * tail, "y " + "x"]]
+    tail = seen // 2
+    prefix = " cold" * (seen - tail)
+    groups = [[prefix + "x", prefix + "y"], ["y" + " cold" * tail, "yx"]]
     texts = [text for group in groups for text in group]
+    assert [len(ids) for ids in engine.text.encode(texts)] == [seen - tail + 1, seen - tail + 1, tail + 1, 2]
     actual = read_groups(engine, groups)
     for row, text in enumerate(texts):
         expected = plain_run(twins, ids_of(twins.bridge, text, False))[0]

@@ -113,9 +113,9 @@ class Edits(tuple[Edit, ...]):
     """
 
     def __new__(cls, edits: Iterable[Edit] = ()) -> Edits:
-        made = super().__new__(cls, edits)
-        _check_sets(made)
-        return made
+        checked = super().__new__(cls, edits)
+        _check_sets(checked)
+        return checked
 
     @staticmethod
     def per_row(  # noqa: PLR0913 - the fields of an Edit

@@ -84,16 +84,16 @@ def edits_for(
     """
     n, write = len(prompts), placement.write(vectors)
     _check_write(engine, write, placement.positions)
-    places: dict[tuple[int, bool], list[int]] = {}
+    rows_at: dict[tuple[int, bool], list[int]] = {}
     for i, (prompt, own) in enumerate(zip(prompts, ids, strict=True)):
         positions = engine.text.positions(prompt, own, placement.positions, i)
         for position in positions:
             # Generated tokens continue the last of the positions.
             every_step = write.every_step and position == positions[-1]
-            places.setdefault((position, every_step), []).append(i)
+            rows_at.setdefault((position, every_step), []).append(i)
     edits = []
     for number, members in _rows_by_layer(layer, n, vectors, engine).items():
-        for (position, every_step), rows in places.items():
+        for (position, every_step), rows in rows_at.items():
             chosen = rows if members is None else [row for row in rows if row in members]
             if chosen:
                 edits.append(_edit(vectors, number, chosen, position, every_step, write))

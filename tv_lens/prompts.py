@@ -294,6 +294,6 @@ def as_prompts(prompts: Sequence[Prompt | str]) -> list[Prompt]:
     """
     if isinstance(prompts, (str, Prompt)):
         check_prompts(prompts)  # type: ignore[arg-type]
-    made = [Prompt((), each, template=PlainText()) if isinstance(each, str) else each for each in prompts]
-    check_prompts(made)
-    return made
+    converted = [Prompt((), each, template=PlainText()) if isinstance(each, str) else each for each in prompts]
+    check_prompts(converted)
+    return converted

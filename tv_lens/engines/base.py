@@ -278,8 +278,8 @@ class StatelessEngine(Engine):
     ) -> Pass:
         """Run the rows so far, with the new tokens and edits at their end."""
         whole = Replay.after(past, tokens, edits)
-        made = self.run(whole.tokens, edits=whole.edits, read=read, weights=weights, logits=logits, grad=grad)
-        return replace(made, past=whole if keep_past else None)
+        output = self.run(whole.tokens, edits=whole.edits, read=read, weights=weights, logits=logits, grad=grad)
+        return replace(output, past=whole if keep_past else None)
 
     def fork(self, past: Past, copies: int = 1) -> Past:
         """The rows so far, each `copies` times in succession."""

@@ -72,8 +72,8 @@ def _describe(value: Any, seen: set[int]) -> str:
         tensor = torch.as_tensor(value)
         _add_tensor(digest, tensor)
         return f"{tuple(tensor.shape)} {tensor.dtype} {digest.hexdigest()}"
-    if isinstance(value, (ModuleType, type, BuiltinFunctionType)):
-        return f"{value.__name__}"
+    if isinstance(value, (ModuleType, type)):
+        return value.__name__
     if id(value) in seen:  # a function that uses itself
         return "..."
     seen = seen | {id(value)}
@@ -84,6 +84,10 @@ def _describe(value: Any, seen: set[int]) -> str:
         return str(sorted(parts) if isinstance(value, (set, frozenset)) else parts)
     if isinstance(value, functools.partial):
         return f"partial {_describe((value.func, value.args, value.keywords), seen)}"
+    if isinstance(value, BuiltinFunctionType):
+        owner = value.__self__
+        of_a_module = owner is None or isinstance(owner, ModuleType)
+        return value.__name__ if of_a_module else f"method {_describe((value.__name__, owner), seen)}"
     if isinstance(value, MethodType):
         return f"method {_describe((value.__func__, value.__self__), seen)}"
     if isinstance(value, FunctionType):
@@ -109,8 +113,16 @@ def _describe_function(function: FunctionType, seen: set[int]) -> str:
 
 def _code(code: CodeType) -> str:
     """What a code object computes, without where it was written."""
-    constants = [_code(each) if inspect.iscode(each) else repr(each) for each in code.co_consts]
+    constants = [_constant(each) for each in code.co_consts]
     return f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {constants}"
+
+
+def _constant(value: object) -> str:
+    if inspect.iscode(value):
+        return _code(value)
+    if isinstance(value, frozenset):  # whose order differs from process to process
+        return str(sorted(map(_constant, value)))
+    return str(list(map(_constant, value))) if isinstance(value, tuple) else repr(value)
 
 
 def _global_names(code: CodeType) -> set[str]:

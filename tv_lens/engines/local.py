@@ -132,8 +132,8 @@ class LocalEngine(Engine):
         if self._support.keeps_cache and not isinstance(past, Replay):
             return self._run(tokens, edits, read, weights, past, logits, keep_past, grad)
         whole = Replay.after(past, tokens, edits)
-        made = self._run(whole.tokens, whole.edits, read, weights, None, logits, False, grad)
-        return replace(made, past=whole if keep_past else None)
+        output = self._run(whole.tokens, whole.edits, read, weights, None, logits, False, grad)
+        return replace(output, past=whole if keep_past else None)
 
     def fork(self, past: Past, copies: int = 1) -> Past:
         """An independent copy of the past with each row `copies` times in succession."""

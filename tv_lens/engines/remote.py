@@ -102,9 +102,9 @@ class RemoteEngine(StatelessEngine):
         rows = [ids[seen.bool()].tolist() for ids, seen in zip(tokens.ids, tokens.mask, strict=True)]
         together = self._facts.batches and not edits
         batches = [list(range(len(rows)))] if together else [[row] for row in range(len(rows))]
-        made = [self._send([rows[i] for i in batch], edits.keep(batch), read, logits) for batch in batches]
-        last = [each for outputs, _ in made for each in outputs]
-        reads = [each for _, captured in made for each in captured]
+        passes = [self._send([rows[i] for i in batch], edits.keep(batch), read, logits) for batch in batches]
+        last = [each for outputs, _ in passes for each in outputs]
+        reads = [each for _, captured in passes for each in captured]
         return Pass(
             logits=torch.stack(last) if logits else None,
             reads={site: self._stacked(site, reads, weights) for site in read},
@@ -156,8 +156,8 @@ class RemoteEngine(StatelessEngine):
 
     def _spec(self, name: str, edits: Sequence[Edit], length: int) -> dict[str, Any]:
         ops = {edit.op for edit in edits}
-        places = [length + edit.position for edit in edits]
-        if len(ops) > 1 or len(set(places)) < len(places):
+        positions = [length + edit.position for edit in edits]
+        if len(ops) > 1 or len(set(positions)) < len(positions):
             raise UnsupportedError(
                 f"{name} is to be written to in several ways at once, and {self.name} takes one for each hook; add the "
                 "vectors up, or use a local model"
@@ -172,7 +172,7 @@ class RemoteEngine(StatelessEngine):
                 f"{name} is to get different vectors at different positions, and {self.name} takes one vector for "
                 "each hook"
             )
-        return {"op": ops.pop(), "value": value, "pos": places if len(places) > 1 else places[0]}
+        return {"op": ops.pop(), "value": value, "pos": positions if len(positions) > 1 else positions[0]}
 
 
 def _hooks_of(bridge: RemoteBridge) -> dict[Site, dict[int, str]]:

@@ -97,8 +97,8 @@ CONTROLS: tuple[Control, ...] = (RandomDirection(), OtherTask(), ShuffledDemonst
 
 def control_vectors(controls: Sequence[Control], treatment: Treatment) -> dict[str, TaskVectors]:
     """The vectors of each control that there can be, by name."""
-    made = {control.name: control(treatment) for control in controls}
-    return {name: vectors for name, vectors in made.items() if vectors is not None}
+    by_name = {control.name: control(treatment) for control in controls}
+    return {name: vectors for name, vectors in by_name.items() if vectors is not None}
 
 
 def check_controls(controls: Sequence[Control]) -> None:

@@ -55,8 +55,8 @@ def method_of(vectors: TaskVectors) -> Method | None:
         return None
     known = {field.name for field in dataclasses.fields(kind)}
     options = {name: _value(name, value) for name, value in vectors.options.items() if name in known}
-    made: Method = kind(**options)
-    return made
+    method: Method = kind(**options)
+    return method
 
 
 def check_methods(methods: Sequence[Method]) -> None:

@@ -48,7 +48,7 @@ def library() -> dict[str, Task]:
     """
     low, both = string.ascii_lowercase, (string.ascii_lowercase, string.ascii_uppercase)
     letters, numbers = _lists(low), _lists([str(i) for i in range(100)])
-    places = {letter: str(i) for i, letter in enumerate(low, start=1)}
+    ranks = {letter: str(i) for i, letter in enumerate(low, start=1)}
     algorithmic = {
         "next_letter": _computed([c for case in both for c in case[:-1]], lambda c: chr(ord(c) + 1)),
         "previous_letter": _computed([c for case in both for c in case[1:]], lambda c: chr(ord(c) - 1)),
@@ -59,8 +59,8 @@ def library() -> dict[str, Task]:
         "list_length": _computed(letters, lambda text: str(len(text.split(", ")))),
         "to_upper": _computed(low, str.upper),
         "to_lower": _computed(low.upper(), str.lower),
-        "char_to_int": _computed(low, places.__getitem__),
-        "int_to_char": _computed(list(places.values()), lambda number: low[int(number) - 1]),
+        "char_to_int": _computed(low, ranks.__getitem__),
+        "int_to_char": _computed(list(ranks.values()), lambda number: low[int(number) - 1]),
     }
     linguistic = {
         "present_to_gerund": _listed("verbs", "present", "gerund"),
