@@ -5,13 +5,10 @@ python examples/conflict.py [task] [rival]
 
 import sys
 
-import torch
-
 import tv_lens as tv
 
 
 def main(name: str = "present_to_past", rival_name: str = "present_to_gerund") -> None:
-    torch.set_num_threads(2)
     model, library = tv.demo_model(), tv.library()
     task, rival = library[name], library[rival_name]
 

@@ -6,15 +6,12 @@ python examples/experiment.py [folder] [task ...]
 import sys
 from pathlib import Path
 
-import torch
-
 import tv_lens as tv
 
 TASKS = ("present_to_gerund", "antonyms", "singular_to_plural", "to_upper")
 
 
 def main(folder: str = "results", *names: str) -> None:
-    torch.set_num_threads(2)
     library = tv.library()
     experiment = tv.run_experiment(
         tv.demo_model(), [library[name] for name in names or TASKS], n_dev=20, n_test=30, folder=folder

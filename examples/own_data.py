@@ -6,14 +6,12 @@ python examples/own_data.py [pairs.csv or pairs.json] [a model's name or folder]
 import sys
 from pathlib import Path
 
-import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
 
 
 def main(path: str = str(Path(__file__).with_name("comparatives.csv")), name: str | None = None) -> None:
-    torch.set_num_threads(2)
     task = tv.Task.from_file(path, accepts=tv.starts_with)  # or your own rule: (prediction, answer) -> bool
     print(f"{task}, such as {task.inputs[0]} -> {task.answer(task.inputs[0])}")
     model = tv.demo_model() if name is None else TransformerBridge.boot_transformers(name)

@@ -1,7 +1,5 @@
 """Read a task vector, find its layer, write it back: tv_lens on a pretrained model, in about a minute."""
 
-import torch
-
 import tv_lens as tv
 
 # Everyday verbs, each one token in this model's vocabulary, and so is its gerund.
@@ -15,7 +13,6 @@ test:testing add:adding cover:covering close:closing print:printing load:loading
 
 
 def main() -> None:
-    torch.set_num_threads(2)
     model = tv.demo_model()
     gerunds = dict(pair.split(":") for pair in VERBS.split())
     task = tv.Task.from_mapping("gerund", gerunds, accepts=tv.starts_with)

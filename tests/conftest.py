@@ -6,6 +6,11 @@ import functools
 import os
 from collections.abc import Iterator
 
+# Every test process, and what it starts, gets its share of the cores: two that share one are many times slower.
+os.environ["OMP_NUM_THREADS"] = str(
+    max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
+os.environ["MKL_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")  # no copy of Plotly in every figure of a notebook
 
@@ -17,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)

@@ -200,7 +200,6 @@ def test_a_resumed_folder_never_reports_another_models_table(tmp_path: Path) -> 
         (max, min),
         ([].append, [1].append),
     ],
-    ids=repr,
 )
 def test_descriptions_tell_values_apart(one: Any, other: Any) -> None:
     assert describe(one) == describe(one)

@@ -304,7 +304,11 @@ def test_a_rules_name_is_the_same_in_every_process() -> None:
     assert "named_rule (source " in names.pop()
 
 
-@pytest.mark.parametrize("hiding", [rule_factory(3), partial(rule_with_limit, limit=2), lambda p, a: True], ids=repr)
+@pytest.mark.parametrize(
+    "hiding",
+    [rule_factory(3), partial(rule_with_limit, limit=2), lambda p, a: True],
+    ids=["closure", "partial", "lambda"],
+)
 def test_a_folder_is_refused_for_a_rule_without_a_name(hiding: Any, tmp_path: Path) -> None:
     bridge = make_twins("gpt2").bridge
     small: dict[str, Any] = {"shots": 1, "n_dev": 2, "n_test": 2, "max_new_tokens": 2, "layers": [1]}
