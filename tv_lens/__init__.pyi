@@ -29,7 +29,7 @@ from .geometry import Similarities, VectorMap, compare_tasks, map_vectors, pca, 
 from .inspection import TokenTable, show_tokens
 from .methods.base import Method
 from .methods.extraction import AcrossPrompts, Extraction, extract, extract_across
-from .prompts import PAPER, Example, PlainText, Prompt, PromptFormat, Template
+from .prompts import PAPER, ChatTemplate, Example, PlainText, Prompt, PromptFormat, Template
 from .provenance import Provenance
 from .readout import TopTokens, top_tokens
 from .tasks.library import library
@@ -46,6 +46,7 @@ __all__ = [
     "PAPER",
     "RESID_POST",
     "AcrossPrompts",
+    "ChatTemplate",
     "Completions",
     "Conflict",
     "Control",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformer_lens.model_bridge import RemoteBridge, TransformerBridge
 
 from tv_lens.engines.drivers import ids_of, state_of, tokenizer_unchanged
@@ -123,11 +126,30 @@ class BridgeCodec(TextCodec):
         """A token as text; a special token by its name."""
         return self.decode([token]) or str(self._bridge.tokenizer.convert_ids_to_tokens(token))
 
+    def chat(self, messages: Sequence[Mapping[str, str]], *, ask: bool, **options: Any) -> str:
+        """A conversation as the tokenizer's own chat template writes it."""
+        tokenizer = self._bridge.tokenizer
+        if not tokenizer.chat_template:
+            return super().chat(messages, ask=ask, **options)
+        try:
+            with tokenizer_unchanged(tokenizer, self._state):
+                text: str = tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=ask, **options
+                )
+        except (TemplateError, ValueError) as error:
+            raise TvLensError(f"the chat template of {self.info.name} refuses the messages: {error}") from error
+        return text
+
+    def chat_dates(self) -> list[str]:
+        """Today's date in the forms that the chat template's calls of `strftime_now` ask for."""
+        forms = re.findall(r"strftime_now\(\s*(['\"])(.*?)\1", str(self._bridge.tokenizer.chat_template))
+        return [datetime.now().strftime(form) for _, form in forms]
+
     def special_ids(self, text: str) -> frozenset[int]:
         """The special tokens that are written out in a text."""
         with tokenizer_unchanged(self._bridge.tokenizer, self._state):
             ids = self._bridge.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return frozenset(ids) & frozenset(self._bridge.tokenizer.all_special_ids)
+        return frozenset(each for each in ids if not self.decode([each]))
 
     def ends(self, text: str, ids: Sequence[int]) -> list[int]:
         """Where each token ends in the text, from the tokenizer's own offsets if they are of the same ids."""

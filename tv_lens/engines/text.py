@@ -7,12 +7,13 @@ its last character is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from tv_lens.edits import ROLES, Positions, Site
-from tv_lens.errors import TvLensError
+from tv_lens.errors import TvLensError, UnsupportedError
 from tv_lens.prompts import Prompt, SegmentRole, has_lone_surrogate
 
 # A token's role: that of its segment, or "bos" for what the tokenizer puts in front of the text.
@@ -76,6 +77,20 @@ class TextCodec(ABC):
     def token(self, token: int) -> str:
         """A token as text, for tables."""
         return self.decode([token]) or f"<token {token}>"
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, ask: bool, **options: Any) -> str:
+        """A conversation as the tokenizer's chat template writes it; with `ask`, up to where the assistant's next
+        message begins.
+
+        Raises:
+            UnsupportedError: there is no chat template.
+            TvLensError: the template refuses the messages.
+        """
+        raise UnsupportedError(f"{self.info.name} has no chat template; use a Template")
+
+    def chat_dates(self) -> list[str]:
+        """Today's date, in every form in which the chat template can write it."""
+        return []
 
     def special_ids(self, text: str) -> frozenset[int]:
         """The special tokens that are written out in a text."""
