@@ -217,7 +217,8 @@ def test_contrastive_pairs_are_refused_with_the_name_of_their_reader(
     with pytest.raises(tv.TvLensError, match=r"holds contrastive pairs .*tv_lens.ContrastivePairs.from_file"):
         Task.from_file(path)
     assert len(tv.ContrastivePairs.from_file(path)) == 5
-    assert Task.from_file(path, input=before, output=positive).answer("Is a pen heavy?") == "Yes"
+    with pytest.warns(tv.TvLensWarning, match="white space around 5 texts"):
+        assert Task.from_file(path, input=before, output=positive).answer("Is a pen heavy?") == "Yes"
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_numbers_become_their_text_with_a_warning(tmp_path: Path) -> None:
 
 
 def test_white_space_around_texts_is_dropped(tmp_path: Path) -> None:
-    with pytest.warns(tv.TvLensWarning, match="white space around 3 texts is dropped; *|.*"):
+    with pytest.warns(tv.TvLensWarning, match="white space around 3 texts is dropped$"):
         task = Task.from_file(write(tmp_path / "t.json", [[" hot", "cold "], ["big", ["small", " little"]]]))
     assert table(task) == {"hot": ("cold",), "big": ("small", "little")}
 

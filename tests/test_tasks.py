@@ -315,6 +315,10 @@ def named_rule(prediction: str, answer: str) -> bool:
     return prediction in {answer, answer.upper(), answer.lower()}
 
 
+def limited_rule(prediction: str, answer: str, most: int = 8) -> bool:
+    return len(prediction) <= most
+
+
 def rule_factory(allowed: int) -> Any:
     def rule(prediction: str, answer: str) -> bool:
         return len(prediction) <= allowed
@@ -332,7 +336,7 @@ def test_functions_have_names_and_what_hides_its_state_has_none() -> None:
     assert Rule.of(starts_with).name == "starts_with"
     assert re.fullmatch(r"named_rule \(source [0-9a-f]{8}\)", Rule.of(named_rule).name)
     # Two rules of one factory, two partials and two lambdas would have one name each.
-    for hiding in (rule_factory(3), partial(named_rule, answer="x"), lambda p, a: True, Callable_()):
+    for hiding in (rule_factory(3), partial(limited_rule, most=3), lambda p, a: True, Callable_()):
         assert not Rule.of(hiding).is_named
         with pytest.raises(tv.TvLensError, match="task 't': its rule is .* which has no name"):
             Rule.of(hiding).check_named("t")
@@ -356,7 +360,7 @@ def test_a_rules_name_is_the_same_in_every_process() -> None:
     assert "named_rule (source " in names.pop()
 
 
-@pytest.mark.parametrize("hiding", [rule_factory(3), partial(named_rule, answer="x"), lambda p, a: True], ids=repr)
+@pytest.mark.parametrize("hiding", [rule_factory(3), partial(limited_rule, most=3), lambda p, a: True], ids=repr)
 def test_a_folder_is_refused_for_a_rule_without_a_name(hiding: Any, tmp_path: Path) -> None:
     bridge = make_twins("gpt2").bridge
     small: dict[str, Any] = {"shots": 1, "n_dev": 2, "n_test": 2, "max_new_tokens": 2, "layers": [1]}
