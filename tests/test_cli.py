@@ -150,7 +150,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(
         (["run", "antonyms", "--template", "{input}", *model], 1, "{output} 0 times"),
         (["run", str(tmp_path / "bad.csv"), *model], 1, "bad.csv, line 2"),
         (["run", str(tmp_path / "none.csv"), *model], 1, "none.csv"),
-        (["tasks", "--category", "x"], 2, "there are algorithmic, knowledge"),
+        (["tasks", "--category", "x"], 2, "there are algorithmic, bijection, knowledge"),
         (["sweep", "antonyms", "--model", str(tmp_path)], 1, f"cannot load the model '{tmp_path}'"),
         (["extract", "antonyms", "--to", "x.pt", *model], 2, "must end in .safetensors"),
         (["generate", "x", "--vectors", file, "--layer", "2", *model], 1, "not a safetensors file"),

@@ -295,12 +295,12 @@ def test_one_first_output_may_have_other_alternatives_elsewhere(tmp_path: Path) 
 
 
 def test_numbers_become_their_text_with_a_warning(tmp_path: Path) -> None:
-    for load in (
-        lambda: Task.from_file(
-            write(tmp_path / "t.json", '[{"input": 1, "output": 2.50}, {"input": "x", "output": 3}]')
-        ),
+    records = '[{"input": 1, "output": 2.50}, {"input": "x", "output": 3}]'
+    loads: list[Callable[[], Task]] = [
+        lambda: Task.from_file(write(tmp_path / "t.json", records)),
         lambda: Task.from_file(write(tmp_path / "t.json", '{"1": 2.50, "x": [3]}')),
-    ):
+    ]
+    for load in loads:
         with pytest.warns(tv.TvLensWarning, match=r"(2|3) numbers are read as text .such as '[12]"):
             assert table(load()) == {"1": ("2.50",), "x": ("3",)}
     frame = pd.DataFrame({"input": np.array([1, 2]), "output": np.array([0.5, 1.0], dtype=np.float32)})

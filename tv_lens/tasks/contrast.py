@@ -21,7 +21,7 @@ from tv_lens.tasks.cleaning import raise_problems
 from tv_lens.tasks.describe import check_characters, short, surrogate_fault
 from tv_lens.tasks.layout import Choice, part_of, record_names
 from tv_lens.tasks.names import contrast_columns
-from tv_lens.tasks.readers import Located, Object, Table, read_content
+from tv_lens.tasks.readers import Located, Number, Object, Table, read_content
 
 
 @dataclass(frozen=True, repr=False)
@@ -164,13 +164,15 @@ def _texts(record: object, positive: str, negative: str, prompt: str | None) -> 
     """Both texts after the prompt; one that is missing or not a text is empty."""
     values = dict(record) if isinstance(record, (Object, Mapping)) else {}
     before = "" if prompt is None else values.get(prompt)
-    sides = [values.get(name) for name in (positive, negative)]
-    one, other = (_joined(before, side) if isinstance(side, str) and side.strip() else "" for side in sides)
-    return one, other
+    return _joined(before, values.get(positive)), _joined(before, values.get(negative))
 
 
-def _joined(before: object, text: str) -> str:
-    if not isinstance(before, str):
+def _joined(before: object, text: object) -> str:
+    for each in (before, text):
+        if not isinstance(each, str) or isinstance(each, Number):
+            return ""
+    before, text = str(before), str(text)
+    if not text.strip():
         return ""
     needs_space = before and not before[-1].isspace() and not text[0].isspace()
     return before + (" " if needs_space else "") + text

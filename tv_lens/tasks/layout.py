@@ -333,7 +333,7 @@ def _is_given(choice: Choice) -> bool:
 
 
 def _in_order(names: Sequence[Any]) -> bool:
-    """Whether two columns can only be told apart by their order."""
+    """Whether nothing but their order distinguishes two columns."""
     is_known = usual_columns(names) is not None or contrast_columns(names) is not None
     return len(names) == 2 and not is_known and fits_order(names)
 

@@ -15,7 +15,7 @@ _MORE_INPUT = {"instruction", "instructions", "context", "passage", "choices", "
 # Parts of a file that are about it, or that are not the task itself.
 _ABOUT = {"metadata", "meta", "properties", "info", "config", "positive examples", "negative examples"}
 
-# The columns of the two sides of contrastive pairs, and of what stands before both.
+# The columns of the two sides of contrastive pairs, and of what comes before both.
 _SIDES = (
     ("answer_matching_behavior", "answer_not_matching_behavior"),
     ("positive", "negative"),
