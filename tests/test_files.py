@@ -170,7 +170,10 @@ def test_json_of_other_types_is_not_a_task(tmp_path: Path) -> None:
 )
 def test_the_same_pairs_however_they_are_written(tmp_path: Path, name: str, content: bytes) -> None:
     task = read(tv.Task.from_file, tmp_path / name, content)
-    assert {text: task.answer(text) for text in task.inputs} == (PAIRS | {"fox": "🦊"} if "pair" in name else PAIRS)
+    expected = PAIRS | {"fox": "🦊"} if "pair" in name else PAIRS
+    if name.endswith(".csv"):  # white space around cells is dropped
+        expected = {text.strip(): answer.strip() for text, answer in expected.items()}
+    assert {text: task.answer(text) for text in task.inputs} == expected
 
 
 @pytest.mark.parametrize(

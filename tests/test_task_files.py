@@ -217,8 +217,7 @@ def test_contrastive_pairs_are_refused_with_the_name_of_their_reader(
     with pytest.raises(tv.TvLensError, match=r"holds contrastive pairs .*tv_lens.ContrastivePairs.from_file"):
         Task.from_file(path)
     assert len(tv.ContrastivePairs.from_file(path)) == 5
-    with pytest.warns(tv.TvLensWarning, match="white space around 5 texts"):
-        assert Task.from_file(path, input=before, output=positive).answer("Is a pen heavy?") == "Yes"
+    assert Task.from_file(path, input=before, output=positive).answer("Is a pen heavy?") == " Yes"
 
 
 @pytest.mark.parametrize(
@@ -308,10 +307,11 @@ def test_numbers_become_their_text_with_a_warning(tmp_path: Path) -> None:
         assert table(Task.from_records("t", frame)) == {"1": ("0.5",), "2": ("1.0",)}
 
 
-def test_white_space_around_texts_is_dropped(tmp_path: Path) -> None:
-    with pytest.warns(tv.TvLensWarning, match="white space around 3 texts is dropped$"):
-        task = Task.from_file(write(tmp_path / "t.json", [[" hot", "cold "], ["big", ["small", " little"]]]))
-    assert table(task) == {"hot": ("cold",), "big": ("small", "little")}
+def test_white_space_around_cells_is_dropped_and_in_json_it_is_kept(tmp_path: Path) -> None:
+    cells = write(tmp_path / "t.csv", 'input,output\n hot ,\tcold \n big," small "\n')
+    assert table(quietly(lambda: Task.from_file(cells))) == {"hot": ("cold",), "big": ("small",)}
+    pairs = write(tmp_path / "t.json", [[" hot", "cold "], ["big", ["small", " little"]]])
+    assert table(quietly(lambda: Task.from_file(pairs))) == {" hot": ("cold ",), "big": ("small", " little")}
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,6 @@ class Pairs:
     numbers: list[str] = field(default_factory=list)
     exact_repeats: int = 0
     joined: dict[str, list[str]] = field(default_factory=dict)
-    n_stripped: int = 0
 
     def add(self, text: str, outputs: Sequence[str]) -> None:
         """Add a pair; further outputs of a known input join its own."""
@@ -68,14 +67,11 @@ class Pairs:
         if self.numbers:
             count = len(self.numbers)
             notes.append(f"{count} number{'s are' if count > 1 else ' is'} read as text (such as {self.numbers[0]!r})")
-        if self.n_stripped:
-            plural = "texts is" if self.n_stripped > 1 else "text is"
-            notes.append(f"white space around {self.n_stripped} {plural} dropped")
         return notes
 
 
 def clean(source: str, located: Iterable[Located]) -> Pairs:
-    """The pairs as texts. White space around texts is dropped and numbers become text.
+    """The pairs as texts; numbers become text.
 
     Raises:
         TvLensError: rows that are not pairs, all of them in one message, or no pairs.
@@ -134,8 +130,7 @@ def _text(value: object, pairs: Pairs) -> str:
         return text
     if not isinstance(value, str) or not value.strip():
         raise NotTextError("not a text")
-    pairs.n_stripped += value != value.strip()
-    return value.strip()
+    return value
 
 
 def _digits(value: Number | Real) -> str:

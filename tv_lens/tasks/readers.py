@@ -112,7 +112,7 @@ def _json(text: str) -> Tree:
 
 @reader(".csv")
 def _csv(text: str) -> Table:
-    """Cells between commas, semicolons or tabs, whichever all rows agree on."""
+    """Cells between commas, semicolons or tabs, whichever all rows agree on, without white space around them."""
     return _table(text, (",", ";", "\t"))
 
 
@@ -131,7 +131,7 @@ def _json_lines(text: str) -> list[Located]:
 
 @reader(".tsv")
 def _tsv(text: str) -> Table:
-    """Cells between tabs."""
+    """Cells between tabs, without white space around them."""
     return _table(text, ("\t",))
 
 

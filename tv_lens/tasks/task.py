@@ -164,8 +164,8 @@ class Task:
         mark. A list of outputs holds alternatives: the first is shown, all are accepted. Other kinds of file can be
         registered with `tv_lens.tasks.readers.reader`.
 
-        White space around texts is dropped. A repeated input has all its outputs accepted. One warning says what was
-        changed: repeats, numbers read as text, and a first row that may be a header.
+        White space around a table's cells is dropped. A repeated input has all its outputs accepted. One warning says
+        what was changed: repeats, numbers read as text, and a first row that may be a header.
 
         Args:
             input: the column or key of the inputs: its name, or its number, counted from 0.
@@ -198,7 +198,7 @@ class Task:
         """A task from records: a list of dictionaries or pairs, a dictionary of columns, a `datasets.Dataset`, a pandas
         data frame, or a pandas series (inputs in its index, outputs in its values).
 
-        Repeated inputs, numbers and white space are treated as in `from_file`, with one warning.
+        Repeated inputs and numbers are treated as in `from_file`, with one warning.
 
         >>> task = Task.from_records("rooms", [{"thing": "kettle", "where": "kitchen"}], input="thing", output="where")
         >>> task.answer("kettle")
