@@ -15,6 +15,7 @@ import pytest
 
 import tv_lens as tv
 from tv_lens import Task
+from tv_lens.tasks import readers
 
 TOOLS = {"hammer": "nail", "brush": "paint", "needle": "thread", "pen": "ink", "saw": "wood"}
 RECORDS = [{"input": tool, "output": use} for tool, use in TOOLS.items()]
@@ -431,3 +432,28 @@ def test_records_do_not_change_what_they_are_given() -> None:
         Task.from_records("t", records)
     pd.testing.assert_series_equal(series, before)
     assert records == [{"input": "a", "output": ["b", "c"]}, {"input": "a", "output": ["d"]}]
+
+
+def test_a_reader_may_return_records_a_table_or_a_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_READERS", dict(readers._READERS))
+
+    @readers.reader(".a")
+    def records_of(text: str) -> list[readers.Located]:
+        return [(f"word {i}", {"use": use, "tool": tool}) for i, (tool, use) in enumerate(TOOLS.items())]
+
+    @readers.reader(".b")
+    def table_of(text: str) -> readers.Table:
+        return readers.Table([(f"word {i}", pair[::-1]) for i, pair in enumerate(TOOLS.items())], ("use", "tool"))
+
+    @readers.reader(".c")
+    def tree_of(text: str) -> readers.Tree:
+        return readers.Tree(readers.Object([("x", readers.Object(TOOLS.items())), ("y", [["a", "b"]])]))
+
+    for name, options in (("t.a", {}), ("t.b", {}), ("t.c", {"under": "x"})):
+        path = write(tmp_path / name, "")
+        columns = {} if options else {"input": "tool", "output": "use"}
+        assert table(quietly(lambda path=path, how={**options, **columns}: Task.from_file(path, **how))) == ONE_EACH  # type: ignore[misc]
+    with pytest.raises(tv.TvLensError, match="t.a: the columns are 0 'use', 1 'tool'; say which"):
+        Task.from_file(tmp_path / "t.a")
+    with pytest.raises(tv.TvLensError, match="t.c: holds several parts: 'x' .5., 'y' .1."):
+        Task.from_file(tmp_path / "t.c")
