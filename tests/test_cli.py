@@ -150,7 +150,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(
         (["run", "antonyms", "--template", "{input}", *model], 1, "{output} 0 times"),
         (["run", str(tmp_path / "bad.csv"), *model], 1, "bad.csv, line 2"),
         (["run", str(tmp_path / "none.csv"), *model], 1, "none.csv"),
-        (["tasks", "--category", "x"], 2, "there are algorithmic, knowledge"),
+        (["tasks", "--category", "x"], 2, "there are algorithmic, bijection, knowledge"),
         (["sweep", "antonyms", "--model", str(tmp_path)], 1, f"cannot load the model '{tmp_path}'"),
         (["extract", "antonyms", "--to", "x.pt", *model], 2, "must end in .safetensors"),
         (["generate", "x", "--vectors", file, "--layer", "2", *model], 1, "not a safetensors file"),
@@ -239,6 +239,103 @@ def test_help_does_not_wait_for_torch() -> None:
         run = subprocess.run([sys.executable, "-c", code.format(asked)], capture_output=True, text=True, check=True)
         assert shown in run.stdout
         assert run.stderr.strip() == ("set()" if asked == "--help" else "{'pandas'}")
+
+
+BLOCKED = """
+import sys
+for name in ("torch", "transformers", "transformer_lens"):
+    sys.modules[name] = None  # an import of it fails
+from tv_lens.cli import main
+"""
+
+
+def test_mistakes_are_reported_without_torch(tmp_path: Path, pairs: str) -> None:
+    """In a process in which torch, transformers and transformer_lens cannot be imported."""
+    three = tmp_path / "three.csv"
+    three.write_text("id,object,room\n1,kettle,kitchen\n")
+    (tmp_path / "v.safetensors").write_bytes(b"x")
+    (tmp_path / "e.json").write_text("{}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    file = str(tmp_path / "v.safetensors")
+    mistakes = [
+        (["sweep", "nosuch.csv", "--demo"], 1, "nosuch.csv"),
+        (["run", "nosuch.csv", "--demo"], 1, "nosuch.csv"),
+        (["extract", "nosuch.csv", "--demo", "--to", file], 1, "nosuch.csv"),
+        (["run", "antonym", "--demo"], 2, "did you mean antonyms?"),
+        (["run", "antonyms"], 2, "say which model"),
+        (["run", "antonyms", "--demo", "--rule", "fuzzy"], 2, "rule 'fuzzy'"),
+        (["run", "antonyms", "--demo", "--template", "{input}"], 1, "{output} 0 times"),
+        (["run", "antonyms", "--demo", "--shots", "70"], 1, "70 shots and a query need 71"),
+        (["run", "antonyms", "antonyms", "--demo"], 2, "two tasks are named 'antonyms'"),
+        (["run", "antonyms", "--demo", "--folder", str(tmp_path / "full")], 1, "holds no experiment"),
+        (["run", "antonyms", "--demo", "--folder", file], 2, "is not a folder"),
+        (["sweep", "antonyms", "--model", "./nosuch"], 1, "there is no such folder"),
+        (["sweep", "antonyms", "--model", "x", "--device", "gpu"], 2, "device 'gpu' is not one of cpu, cuda"),
+        (["sweep", "antonyms", "--demo", "--device", "cuda"], 2, "the demo model runs in float32 on the CPU"),
+        (["sweep", "antonyms", "--demo", "--under", "train"], 2, "name a file, or leave them out"),
+        (["sweep", "antonyms", "--demo", "-n", "200"], 1, "200 prompts need 200 different queries"),
+        (["sweep", "antonyms", "--demo", "--substitutes", "99"], 1, "99 substitutes are asked for"),
+        (["sweep", "antonyms", "--demo", "--vectors", file], 1, "not a safetensors file"),
+        (["sweep", "antonyms", "--demo", "--vectors", "nosuch"], 1, "no such file"),
+        (["sweep", str(three), "--demo"], 1, "the columns are 0 'id', 1 'object', 2 'room'"),
+        (["sweep", str(three), "--demo", "--input", "object", "--output", "place"], 1, "no column 'place'"),
+        (["sweep", pairs, "--demo", "--under", "a.b"], 1, "there is no part 'a.b'"),
+        (["sweep", pairs, "--demo", "--header"], 1, "header= is for tables"),
+        (["generate", "x", "--demo", "--vectors", file, "--layer", "2"], 1, "not a safetensors file"),
+        (["generate", "x", "--vectors", file, "--layer", "2"], 2, "say which model"),
+        (["report", str(tmp_path / "e.json"), "--to", str(tmp_path / "x.html")], 1, "not a saved experiment"),
+        (["report", "nosuch.json", "--to", str(tmp_path / "x.html")], 1, "nosuch.json"),
+    ]
+    code = BLOCKED + (
+        f"for args in {[args for args, _, _ in mistakes]!r}:\n"
+        "    try: main(args)\n"
+        "    except SystemExit as end: print(end.code, file=sys.stderr)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    reported = run.stderr.splitlines()
+    assert len(reported) == 2 * len(mistakes), run.stderr
+    for (args, expected, message), line, end in zip(mistakes, reported[::2], reported[1::2], strict=True):
+        assert line.startswith("tv-lens: "), (args, line)
+        assert message in line, (args, line)
+        assert int(end) == expected, args
+    # A command without a mistake imports torch, and fails here.
+    fine = subprocess.run(
+        [sys.executable, "-c", BLOCKED + "main(['sweep', 'antonyms', '--demo'])"], capture_output=True, text=True
+    )
+    assert "torch" in fine.stderr
+
+
+def test_files_are_read_with_options_and_warnings_are_one_line(
+    capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    rows = [f"{i},{a}{b},{f'{a}{b}'.upper()}" for i, (a, b) in enumerate((a, b) for a in "abcdef" for b in "uv")]
+    (tmp_path / "t.csv").write_text("\n".join(["id,small,large", *rows, rows[0]]) + "\n")
+    table = ["--input", "small", "--output", "large"]
+    drawn = ["--prompts", "3", "--shots", "2", "--model", tiny.folder, "--quiet"]
+    code, out, err = call(capsys, "sweep", str(tmp_path / "t.csv"), *table, *drawn, "--json")
+    assert code == 0, err
+    assert [line for line in err.splitlines() if "t.csv" in line] == [
+        f"tv-lens: warning: {tmp_path / 't.csv'}: 1 exact repeat is dropped"
+    ]
+    with pytest.warns(tv.TvLensWarning):
+        task = tv.Task.from_file(tmp_path / "t.csv", input="small", output="large")
+    prompts = task.sample(3, shots=2, seed=0)
+    vectors = tv.extract(tiny.twins.bridge, prompts, task.substitutes(prompts, 2, seed=0))
+    expected = tv.sweep_layers(tiny.twins.bridge, task, prompts, vectors.mean())
+    assert json.loads(out)["ties"] == list(expected.ties)
+
+    parts = {"train": {f"{a}{b}": f"{a}{b}".upper() for a in "abcdef" for b in "uvwx"}, "test": {"x": "X"}}
+    (tmp_path / "t.json").write_text(json.dumps(parts))
+    (tmp_path / "plain.csv").write_text("".join(f"{text},{answer}\n" for text, answer in parts["train"].items()))
+    args = [str(tmp_path / "t.json"), "--under", "train", "--model", tiny.folder, *SMALL]
+    assert len(as_json(capsys, "run", *args)["results"]) >= 3
+    file = str(tmp_path / "v.safetensors")
+    code, _, err = call(capsys, "extract", str(tmp_path / "plain.csv"), "--no-header", *drawn, "--to", file)
+    assert (code, "plain.csv" in err) == (0, False)
+    assert tv.TaskVectors.load(file).task == "plain"
+    code, _, err = call(capsys, "extract", str(tmp_path / "plain.csv"), *drawn, "--to", file)
+    assert (code, "the first row ('au', 'AU') is read as data" in err) == (0, True)
 
 
 def test_a_killed_run_resumes_and_hash_seeds_change_nothing(tiny: Tiny, tmp_path: Path) -> None:

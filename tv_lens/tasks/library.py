@@ -7,7 +7,7 @@ import functools
 import io
 import random
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 
 from tv_lens.tasks.rules import starts_with
@@ -36,11 +36,20 @@ def _lists(items: Sequence[str]) -> list[str]:
     return list(lists)[:100]
 
 
+def _both_ways(
+    mapping: Mapping[str, str | Sequence[str]], inverse: Mapping[str, str | Sequence[str]]
+) -> dict[str, str | Sequence[str]]:
+    """A mapping mixed with its inverse. An input of both would have two answers, so it is left out."""
+    both = set(mapping) & set(inverse)
+    return {text: answer for text, answer in [*mapping.items(), *inverse.items()] if text not in both}
+
+
 def library() -> dict[str, Task]:
-    """The built-in tasks by name, in the paper's four categories, all scored by `starts_with`.
+    """The built-in tasks by name, all scored by `starts_with`: the paper's four categories, and bijections.
 
     Algorithmic tasks are generated; the others look up lists of at least 60 pairs. Tasks on single letters have
-    25 or 26 inputs (50 where upper and lower case make different ones).
+    25 or 26 inputs (50 or 52 if upper and lower case make different ones). A bijection mixes a mapping with its
+    inverse (Dong et al. 2025, arXiv 2506.09048): the input says which of the two is asked for.
 
     >>> task = library()["antonyms"]
     >>> task.category, task.answer("happy"), task.right("unhappy", "sad")
@@ -82,11 +91,16 @@ def library() -> dict[str, Task]:
         "place_to_continent": _listed("places", "place", "continent"),
         "place_to_religion": _listed("religions", "place", "religion"),
     }
+    bijection = {
+        "swap_upper_lower": _both_ways(algorithmic["to_upper"], algorithmic["to_lower"]),
+        "swap_singular_plural": _both_ways(linguistic["singular_to_plural"], linguistic["plural_to_singular"]),
+    }
     categories = {
         "algorithmic": algorithmic,
         "linguistic": linguistic,
         "translation": translation,
         "knowledge": knowledge,
+        "bijection": bijection,
     }
     return {
         name: Task.from_mapping(name, mapping, accepts=starts_with, category=category)

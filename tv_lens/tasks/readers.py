@@ -1,11 +1,16 @@
-"""Read input-output pairs out of files.
+"""Read files of pairs, records and tables.
 
-A reader takes a file's text and returns its pairs, each with a description of where it is in the file. To read another
-kind of file, register one:
+A reader takes a file's text and returns what is in it, in one of three forms:
 
-    @reader(".tsv")
-    def tsv_pairs(text: str) -> list[Located]:
-        return [(f"line {i}", line.split("\\t")) for i, line in enumerate(text.splitlines(), start=1)]
+    list[Located]   pairs or records, each with a description of where it is in the file
+    Table           rows of cells
+    Tree            nested data, in which the pairs are still to be located
+
+`tv_lens.tasks.layout` picks inputs and outputs out of them. To read another kind of file, register a reader:
+
+    @reader(".psv")
+    def pairs_between_bars(text: str) -> list[Located]:
+        return [(f"line {i}", line.split("|")) for i, line in enumerate(text.splitlines(), start=1)]
 """
 
 from __future__ import annotations
@@ -13,18 +18,53 @@ from __future__ import annotations
 import csv
 import io
 import json
-import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from tv_lens.errors import TvLensError
 from tv_lens.files import read_whole
-from tv_lens.prompts import has_lone_surrogate
+from tv_lens.tasks.names import usual_columns
 
-# Where a pair is in its file, and the pair.
+# Where a pair or record is in its file, and the pair (a list of two) or record (a mapping).
 Located: TypeAlias = tuple[str, Any]
-Reader: TypeAlias = Callable[[str], list[Located]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells, each with where it is. Without `names` the first row may hold the columns' names."""
+
+    rows: Sequence[Located]
+    names: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Lists and objects within each other. JSON objects are `Object`."""
+
+    value: Any
+
+
+class Object(list[tuple[str, Any]]):
+    """A JSON object as its pairs, so that a duplicate key is seen instead of overwritten."""
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class Number(str):
+    """A number in a file, as its digits are written there."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+Content: TypeAlias = list[Located] | Table | Tree
+# A reader of pairs or records alone, `Callable[[str], list[Located]]`, is one of these.
+Reader: TypeAlias = Callable[[str], Content]
 
 _READERS: dict[str, Reader] = {}
 
@@ -39,93 +79,126 @@ def reader(suffix: str) -> Callable[[Reader], Reader]:
     return register
 
 
-def read_pairs(path: Path) -> dict[str, str | list[str]]:
-    """The pairs in a file, inputs to outputs.
+def kinds() -> str:
+    """The endings of the files that can be read."""
+    *others, last = _READERS
+    return f"{', '.join(others)} or {last}"
+
+
+def read_content(path: Path) -> Content:
+    """What the reader of this kind of file returns.
 
     Raises:
         OSError: the file cannot be read.
-        TvLensError: another kind of file, text that cannot be read, a row that is not a pair of non-empty texts, or a
-            repeated input. The message names the file and the line or entry.
+        TvLensError: another kind of file, or text that cannot be read. The message names the file.
     """
     suffix = path.suffix.lower()
     if suffix not in _READERS:
-        raise TvLensError(f"{path}: a task is read from {' or '.join(_READERS)}, not {path.suffix!r}")
+        raise TvLensError(f"{path}: a task is read from {kinds()}, not {path.suffix!r}")
     try:
         # Bytes first: a text-mode read would turn a "\r\n" inside a quoted CSV cell into "\n".
-        located = _READERS[suffix](read_whole(path).decode("utf-8-sig"))
+        return _READERS[suffix](read_whole(path).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise TvLensError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
     except ValueError as error:
         raise TvLensError(f"{path}: {error}") from error
 
-    pairs: dict[str, str | list[str]] = {}
-    for location, pair in located:
-        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and _is_text(pair[0]) and _are_texts(pair[1])):
-            raise TvLensError(f"{path}, {location}: {short(pair)} is not a pair of non-empty texts, input and output")
-        if pair[0] in pairs:
-            raise TvLensError(f"{path}, {location}: duplicate input {short(pair[0])}; keep one")
-        pairs[pair[0]] = pair[1]
-    if not pairs:
-        raise TvLensError(f"{path}: no pairs in it")
-    return pairs
-
-
-class _Object(list[tuple[str, Any]]):
-    """A JSON object as its pairs, so that a repeated key is seen instead of overwritten."""
-
 
 @reader(".json")
-def _json_pairs(text: str) -> list[Located]:
-    """An object of inputs and outputs, or a list of pairs; a list of outputs holds alternatives."""
-    try:
-        data = json.loads(text, object_pairs_hook=_Object)
-    except RecursionError as error:
-        raise TvLensError("nested too deeply for a task") from error
-    if not isinstance(data, list):
-        raise TvLensError(
-            f"holds a {type(data).__name__}; expected an object of inputs and outputs, or a list of pairs"
-        )
-    kind = "key" if isinstance(data, _Object) else "pair"
-    return [(f"{kind} {i}", pair) for i, pair in enumerate(data, start=1)]
+def _json(text: str) -> Tree:
+    """An object of inputs and outputs, a list of pairs or records, or an object that holds one of these."""
+    return Tree(_value(text))
 
 
 @reader(".csv")
-def _csv_pairs(text: str) -> list[Located]:
-    """Two columns; a first row `input,output` is a header."""
+def _csv(text: str) -> Table:
+    """Cells between commas, semicolons or tabs, whichever all rows agree on, without white space around them."""
+    return _table(text, (",", ";", "\t"))
+
+
+@reader(".jsonl")
+def _json_lines(text: str) -> list[Located]:
+    """A record or a pair on each line."""
+    located = []
+    for i, line in enumerate(text.split("\n"), start=1):  # other line ends may be inside a JSON text
+        if line.strip():
+            try:
+                located.append((f"line {i}", _value(line)))
+            except ValueError as error:
+                raise TvLensError(f"line {i}: {error}") from error
+    return located
+
+
+@reader(".tsv")
+def _tsv(text: str) -> Table:
+    """Cells between tabs, without white space around them."""
+    return _table(text, ("\t",))
+
+
+def _value(text: str) -> Any:
+    def number(digits: str) -> Number:
+        int(digits)  # which refuses thousands of digits
+        return Number(digits)
+
+    try:
+        return json.loads(text, object_pairs_hook=Object, parse_int=number, parse_float=Number)
+    except RecursionError as error:
+        raise TvLensError("nested too deeply for a task") from error
+
+
+def _table(text: str, delimiters: Sequence[str]) -> Table:
     if "\0" in text:
         raise TvLensError("holds NUL characters; is it UTF-16? Save it as UTF-8")
-    rows_of = csv.reader(io.StringIO(text, newline=""), strict=True)
+    attempts = {delimiter: _rows(text, delimiter) for delimiter in delimiters}
+    parsed = {delimiter: rows for delimiter, rows in attempts.items() if isinstance(rows, list)}
+    first = attempts[delimiters[0]]
+    if isinstance(first, TvLensError) and not any(map(_is_even, parsed.values())):
+        raise first
+    return Table(_agreed(parsed))
+
+
+def _rows(text: str, delimiter: str) -> list[Located] | TvLensError:
+    """The rows that are not empty, or what is wrong."""
+    rows_of = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    rows = []
     try:
-        rows = [(f"line {rows_of.line_num}", row) for row in rows_of if row]
+        for row in rows_of:
+            cells = [cell.strip() for cell in row]
+            if any(cells):
+                rows.append((f"line {rows_of.line_num}", cells))
     except csv.Error as error:
-        raise TvLensError(f"line {rows_of.line_num}: {error}") from error
-    if rows and [cell.strip().lower() for cell in rows[0][1]] == ["input", "output"]:
-        rows = rows[1:]
+        return TvLensError(f"line {rows_of.line_num}: {error}")
     return rows
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def _is_even(rows: Sequence[Located]) -> bool:
+    """Whether all rows have the same number of cells, two or more."""
+    widths = {len(cells) for _, cells in rows}
+    return len(widths) == 1 and min(widths) > 1
 
 
-def _are_texts(value: object) -> bool:
-    return _is_text(value) or (isinstance(value, list) and bool(value) and all(map(_is_text, value)))
+def _agreed(parsed: dict[str, list[Located]]) -> list[Located]:
+    """The rows under the delimiter that splits all of them alike.
 
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
-
-
-def short(value: object) -> str:
-    """A value for an error message, however large it is."""
-    return _SHORT.repr(value)
-
-
-def check_characters(task: str, texts: Iterable[str]) -> None:
-    """Raise TvLensError if a text holds half of a surrogate pair, which no tokenizer and no file accepts."""
-    for text in texts:
-        if has_lone_surrogate(text):
-            raise TvLensError(
-                f"task {short(task)}: {short(text)} holds half of a surrogate pair, which is not a character; write "
-                "the whole character, or save the data as UTF-8"
-            )
+    Raises:
+        TvLensError: there are several.
+    """
+    even = {delimiter: rows for delimiter, rows in parsed.items() if _is_even(rows)}
+    if len(even) > 1:  # a usual header decides, then two columns
+        even = (
+            {each: rows for each, rows in even.items() if usual_columns(rows[0][1])}
+            or {each: rows for each, rows in even.items() if len(rows[0][1]) == 2}
+            or even
+        )
+    if len(even) > 1:
+        names = " or ".join(map(repr, even))
+        raise TvLensError(
+            f"the cells may be separated by {names}; put quotes around cells that contain one of them, or write a "
+            "first row input,output"
+        )
+    if even:
+        [rows] = even.values()
+        return rows
+    # No delimiter fits all rows: the one that splits the first row, so that the others are reported.
+    split = [rows for rows in parsed.values() if rows and len(rows[0][1]) > 1]
+    return split[0] if split else next(iter(parsed.values()))

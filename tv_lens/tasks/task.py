@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections import Counter
@@ -10,9 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tv_lens.errors import TvLensError
-from tv_lens.prompts import PAPER, Example, Prompt, PromptFormat
-from tv_lens.tasks.readers import check_characters, read_pairs, short
+from tv_lens.errors import TvLensError, warn
+from tv_lens.prompts import PAPER, Example, Prompt, PromptFormat, Template
+from tv_lens.tasks.cleaning import clean
+from tv_lens.tasks.describe import check_characters, short, some
+from tv_lens.tasks.layout import Choice, Column, lay_out
+from tv_lens.tasks.readers import Content, read_content
+from tv_lens.tasks.records import Records, content_of
 from tv_lens.tasks.rules import Accepts, Rule, starts_with
 
 
@@ -21,7 +26,8 @@ class Task:
     """A finite list of different inputs, the function that answers them, and what counts as correct.
 
     `accepts` is the rule: a function of prediction and answer, or a named `Rule`. `accepted` maps an answer to its
-    accepted alternatives. `category` is what kind of task it is.
+    accepted alternatives, whatever the input; `accepted_for` maps an input to the alternatives of its answer, if the
+    same answer has others elsewhere. `category` is what kind of task it is.
 
     Raises:
         TvLensError: a duplicate input, so that demonstrations could give the answer away, or a text that no model or
@@ -34,6 +40,7 @@ class Task:
     accepts: Accepts | Rule = starts_with
     accepted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     category: str = ""
+    accepted_for: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", tuple(self.inputs))
@@ -41,7 +48,7 @@ class Task:
         repeated = [text for text, count in Counter(self.inputs).items() if count > 1]
         if repeated:
             raise TvLensError(
-                f"task {self.name!r}: {len(repeated)} duplicate inputs ({_some(repeated)}); "
+                f"task {self.name!r}: {len(repeated)} duplicate inputs ({some(repeated)}); "
                 "keep one of each, or a query could be among its own demonstrations"
             )
 
@@ -56,15 +63,35 @@ class Task:
         """The rule under its name."""
         return Rule.of(self.accepts)
 
-    def answers(self, answer: str) -> tuple[str, ...]:
-        """The answer, and the alternatives that count as well."""
+    def answers(self, answer: str, query: str | None = None) -> tuple[str, ...]:
+        """The answer, and the alternatives that count as well, for the input `query`.
+
+        Raises:
+            TvLensError: the alternatives depend on the input, and none is given.
+        """
+        if query is None:
+            differing = [text for text in self.accepted_for if self.answer(text) == answer]
+            if differing:
+                raise TvLensError(
+                    f"task {self.name!r}: which alternatives of {short(answer)} count depends on the input "
+                    f"({some(differing)}); pass query=..."
+                )
+        elif query in self.accepted_for and self.answer(query) == answer:
+            return (answer, *self.accepted_for[query])
         return (answer, *self.accepted.get(answer, ()))
 
-    def right(self, prediction: str, answer: str, ids: Sequence[int] | None = None) -> bool:
-        """Whether the rule accepts the prediction for the answer or for one of its alternatives; `ids` are the
-        prediction's token ids, for a rule that compares those.
+    def right(
+        self, prediction: str, answer: str, ids: Sequence[int] | None = None, *, query: str | None = None
+    ) -> bool:
+        """Whether the rule accepts the prediction for the answer or for one of its alternatives.
+
+        `ids` are the prediction's token ids, for a rule that compares those. `query` is the input that was asked; it
+        is needed if the answer has different alternatives for different inputs.
+
+        Raises:
+            TvLensError: the alternatives depend on the input, and none is given.
         """
-        rule, answers = self.rule, self.answers(answer)
+        rule, answers = self.rule, self.answers(answer, query)
         by_ids = ids is not None and rule.accepts_ids is not None and any(rule.accepts_ids(ids, a) for a in answers)
         return by_ids or any(rule(prediction, each) for each in answers)
 
@@ -84,11 +111,14 @@ class Task:
         >>> task.answer("big"), task.right("little", "small"), task.right("cold", "small")
         ('small', True, False)
 
+        >>> task = Task.from_mapping("opposites", {"light": ["dark", "heavy"], "bright": "dark"})
+        >>> task.right("heavy", "dark", query="light"), task.right("heavy", "dark", query="bright")
+        (True, False)
+
         Raises:
-            TvLensError: an input or an answer is not a text, or one answer has different alternatives in two places.
+            TvLensError: an input or an answer is not a text.
         """
-        table: dict[str, str] = {}
-        accepted: dict[str, tuple[str, ...]] = {}
+        table: dict[str, tuple[str, ...]] = {}
         for text, output in mapping.items():
             answers = [output] if isinstance(output, str) else output
             if not (
@@ -100,35 +130,107 @@ class Task:
                     f"task {name!r}: {short(text)} -> {short(output)} is not a pair of texts; write numbers in quotes"
                 )
             check_characters(name, (text, *answers))
-            table[text], others = answers[0], tuple(answers[1:])
-            if accepted.setdefault(answers[0], others) != others:
-                raise TvLensError(
-                    f"task {name!r}: the answer {short(answers[0])} of {short(text)} has the alternatives "
-                    f"{short(others)}, and elsewhere {short(accepted[answers[0]])}; give it the same "
-                    "everywhere, or another first answer"
-                )
-        with_others = {answer: others for answer, others in accepted.items() if others}
-        return cls(name, tuple(table), table.__getitem__, accepts, with_others, category)
+            table[text] = tuple(answers)
+        first = {text: answers[0] for text, answers in table.items()}
+        alternatives: dict[str, set[tuple[str, ...]]] = {}
+        for answer, *others in table.values():
+            alternatives.setdefault(answer, set()).add(tuple(others))
+        accepted = {answer: next(iter(each)) for answer, each in alternatives.items() if len(each) == 1}
+        return cls(
+            name,
+            tuple(table),
+            first.__getitem__,
+            accepts,
+            {answer: others for answer, others in accepted.items() if others},
+            category,
+            {text: answers[1:] for text, answers in table.items() if answers[0] not in accepted},
+        )
 
     @classmethod
-    def from_file(cls, path: str | Path, *, accepts: Accepts | Rule = starts_with) -> Task:
+    def from_file(
+        cls,
+        path: str | Path,
+        *,
+        input: Column | None = None,
+        output: Column | None = None,
+        under: str | None = None,
+        header: bool | None = None,
+        accepts: Accepts | Rule = starts_with,
+    ) -> Task:
         """The task in a file, named after it.
 
-        `.json` is an object of inputs and outputs or a list of pairs, where a list of outputs holds alternatives, the
-        first the one to show. `.csv` has two columns, and a first row `input,output` is taken as a header. UTF-8, with
-        or without a byte order mark. Other kinds can be registered with `tv_lens.tasks.readers.reader`.
+        `.json` is an object of inputs and outputs, a list of pairs or records, or an object that holds one of these;
+        `.jsonl` has a pair or record on each line; `.csv` and `.tsv` are tables. UTF-8, with or without a byte order
+        mark. A list of outputs holds alternatives: the first is shown, all are accepted. Other kinds of file can be
+        registered with `tv_lens.tasks.readers.reader`.
+
+        White space around a table's cells is dropped. A repeated input has all its outputs accepted. One warning says
+        what was changed: repeats, numbers read as text, and a first row that may be a header.
+
+        Args:
+            input: the column or key of the inputs: its name, or its number, counted from 0.
+            output: the same for the outputs.
+            under: the key of the part to read, or several keys joined by dots.
+            header: whether the first row of a table names its columns.
+            accepts: the rule for answers.
 
         Raises:
             OSError: the file cannot be read.
-            TvLensError: another kind of file, text that cannot be read, a row that is not a pair of non-empty texts, or
-                a duplicate input. The message names the file and the line or entry.
+            TvLensError: another kind of file, text that cannot be read, columns or parts that are not clear (the
+                message lists them), or rows that are not pairs of non-empty texts. All problems are in one message,
+                with the file and the line or entry.
         """
         path = Path(path)
-        pairs = read_pairs(path)
+        content = read_content(path)
+        return cls._of(path.stem, content, Choice(input, output, under, header), str(path), accepts)
+
+    @classmethod
+    def from_records(
+        cls,
+        name: str,
+        records: Records,
+        *,
+        input: Column | None = None,
+        output: Column | None = None,
+        accepts: Accepts | Rule = starts_with,
+        category: str = "",
+    ) -> Task:
+        """A task from records: a list of dictionaries or pairs, a dictionary of columns, a `datasets.Dataset`, a pandas
+        data frame, or a pandas series (inputs in its index, outputs in its values).
+
+        Repeated inputs and numbers are treated as in `from_file`, with one warning.
+
+        >>> task = Task.from_records("rooms", [{"thing": "kettle", "where": "kitchen"}], input="thing", output="where")
+        >>> task.answer("kettle")
+        'kitchen'
+
+        Raises:
+            TvLensError: columns that are not clear (the message lists them), or records that are not pairs of
+                non-empty texts.
+        """
+        source = f"task {name!r}"
         try:
-            return cls.from_mapping(path.stem, pairs, accepts=accepts)
+            content = content_of(records)
         except TvLensError as error:
-            raise TvLensError(f"{path}: {error}") from error
+            raise TvLensError(f"{source}: {error}") from error
+        return replace(cls._of(name, content, Choice(input, output), source, accepts), category=category)
+
+    @classmethod
+    def _of(cls, name: str, content: Content, choice: Choice, source: str, accepts: Accepts | Rule) -> Task:
+        """The task in `content`, with one warning about all that was changed."""
+        try:
+            layout = lay_out(content, choice)
+        except TvLensError as error:
+            raise TvLensError(f"{source}: {error}") from error
+        pairs = clean(source, layout.pairs)
+        try:
+            task = cls.from_mapping(name, pairs.outputs, accepts=accepts)
+        except TvLensError as error:
+            raise TvLensError(f"{source}: {error}") from error
+        notes = [*layout.notes, *pairs.notes()]
+        if notes:
+            warn(f"{source}: {'; '.join(notes)}")
+        return task
 
     def sample(self, n: int, *, shots: int, seed: int, template: PromptFormat = PAPER) -> list[Prompt]:
         """`n` prompts with different queries, each after `shots` different demonstrations, none of them the query.
@@ -136,7 +238,7 @@ class Task:
         The same seed gives the same prompts in every process, and fewer of them are the first of more.
 
         Raises:
-            TvLensError: the task has too few inputs.
+            TvLensError: the task has too few inputs, or an answer contains the text at which `template` ends answers.
         """
         if n < 1 or shots < 0:
             raise TvLensError(f"task {self.name!r}: cannot sample {n} prompts of {shots} shots")
@@ -150,6 +252,7 @@ class Task:
                 f"task {self.name!r}: {shots} shots and a query need {shots + 1} different inputs and there "
                 f"are {len(self.inputs)}; use fewer shots, or add inputs"
             )
+        self._check_separator(template)
         draw = self._draw("sample", seed)
         queries = draw.sample(self.inputs, len(self.inputs))[:n]
         prompts = []
@@ -197,6 +300,26 @@ class Task:
         order = self._draw("split", seed).sample(self.inputs, len(self.inputs))
         return replace(self, inputs=tuple(order[:first])), replace(self, inputs=tuple(order[first:]))
 
+    def _check_separator(self, template: PromptFormat) -> None:
+        """Raise TvLensError if an answer contains the text at which answers end, so that it could never be right."""
+        stop = template.stop
+        if not stop:
+            return
+        answers = {text: self.answer(text).strip() for text in self.inputs}
+        cut = [text for text, answer in answers.items() if stop in answer]
+        if not cut:
+            return
+        advice = "use a format that ends answers otherwise, or change the answer"
+        if isinstance(template, Template):
+            texts = [*answers, *answers.values()]
+            line_ends = ("\n" * n for n in itertools.count(1))
+            working = next(each for each in line_ends if not any(each in text for text in texts))
+            advice = f"use Template({template.example!r}, separator={working!r}), or change the answer"
+        raise TvLensError(
+            f"task {self.name!r}: the answer {short(answers[cut[0]])} of {short(cut[0])} contains {stop!r}, "
+            f"where answers end, so it could never be right ({len(cut)} of {len(answers)} answers do); {advice}"
+        )
+
     def _draw(self, purpose: str, seed: int) -> random.Random:
         # Keyed by text, which `random` hashes with SHA-512: one seed for everything draws independently
         # for each purpose, whatever PYTHONHASHSEED is.
@@ -205,9 +328,5 @@ class Task:
 
 def fingerprint(task: Task) -> str:
     """A digest of the task's pairs and alternatives, in their order."""
-    pairs = [(text, *task.answers(task.answer(text))) for text in task.inputs]
+    pairs = [(text, *task.answers(task.answer(text), text)) for text in task.inputs]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
-
-
-def _some(texts: Sequence[str], most: int = 5) -> str:
-    return ", ".join(map(short, texts[:most])) + (", ..." if len(texts) > most else "")

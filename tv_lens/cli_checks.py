@@ -1,0 +1,139 @@
+"""What the command line refuses before it imports torch: wrong options, tasks, files and folders."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import tv_lens as tv
+from tv_lens.tasks.readers import kinds
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "mtia")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class UsageError(tv.TvLensError):
+    """A wrong command: reported in one line, with exit code 2."""
+
+
+class FileOptions(NamedTuple):
+    """How files of pairs are read; `Task.from_file` explains them."""
+
+    input: str | None
+    output: str | None
+    under: str | None
+    header: bool | None
+
+
+def chosen_task(name: str, options: FileOptions) -> tv.Task:
+    """The library's task of this name, or the task in this file."""
+    [task] = chosen_tasks([name], options)
+    return task
+
+
+def chosen_tasks(names: Sequence[str], options: FileOptions) -> list[tv.Task]:
+    """The tasks with these names, each of the library or in a file, with different names."""
+    known = tv.library()
+    are_files = [name not in known and Path(name).suffix != "" for name in names]
+    if not any(are_files) and any(each is not None for each in options):
+        raise UsageError(
+            "--input, --output, --under and --header say how a file is read; name a file, or leave them out"
+        )
+    tasks = []
+    for name, is_file in zip(names, are_files, strict=True):
+        if is_file:
+            tasks.append(tv.Task.from_file(name, **options._asdict()))
+        elif name in known:
+            tasks.append(known[name])
+        else:
+            close = difflib.get_close_matches(name, known, n=1)
+            suggestion = f"did you mean {close[0]}? " if close else ""
+            raise UsageError(f"no task {name!r}; {suggestion}`tv-lens tasks` lists them; a file ends in {kinds()}")
+    twice = [name for i, name in enumerate(each.name for each in tasks) if name in [t.name for t in tasks[:i]]]
+    if twice:
+        raise UsageError(f"two tasks are named {twice[0]!r}; name one, or rename a file")
+    return tasks
+
+
+def tasks_in(category: str | None) -> list[tv.Task]:
+    """The library's tasks of a category, or all of them."""
+    known = tv.library().values()
+    chosen = [task for task in known if category in (None, task.category)]
+    if not chosen:
+        names = ", ".join(sorted({task.category for task in known}))
+        raise UsageError(f"no category {category!r}; there are {names}")
+    return chosen
+
+
+def with_rule(tasks: Sequence[tv.Task], rule: str) -> list[tv.Task]:
+    """The tasks, scored by the rule of this name."""
+    rules = {"starts_with": tv.starts_with, "exact_match": tv.exact_match}
+    if rule not in rules:
+        raise UsageError(f"rule {rule!r} is not {' or '.join(rules)}")
+    return [replace(task, accepts=rules[rule]) for task in tasks]
+
+
+def check_model(model: str | None, *, demo: bool, device: str | None, dtype: str) -> None:
+    """Refuse options that name no model, or that no model has."""
+    if demo == (model is not None):
+        raise UsageError("say which model: --model NAME, or --demo")
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not float32, bfloat16 or float16")
+    kind, _, number = (device or "cpu").partition(":")
+    if kind not in _DEVICES or (number and not number.isdecimal()):
+        raise UsageError(f"device {device!r} is not one of {', '.join(_DEVICES)}, with a number such as cuda:1")
+    if demo and (device not in (None, "cpu") or dtype != "float32"):
+        raise UsageError("the demo model runs in float32 on the CPU; leave --device and --dtype out")
+    if model is not None and model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
+        raise tv.TvLensError(f"cannot load the model {model!r}: there is no such folder")
+
+
+def check_sampling(task: tv.Task, n_dev: int, n_test: int, *, shots: int, seed: int, template: tv.Template) -> None:
+    """Refuse a task with too few inputs for `run_experiment`, which splits and samples it in this way."""
+    for part, n in zip(task.split(n_dev / (n_dev + n_test), seed=seed), (n_dev, n_test), strict=True):
+        part.sample(min(n, len(part)), shots=shots, seed=seed, template=template)
+
+
+def check_writable(path: Path, suffixes: Sequence[str]) -> None:
+    """Refuse a file that could not be written, before the work and not after it."""
+    if path.suffix not in suffixes:
+        raise UsageError(f"{path}: the file's name must end in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot keep a run; whether a run in it has other settings shows later."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder")
+    others = [each for each in folder.iterdir() if each.suffix != ".partial"] if folder.is_dir() else []
+    if others and not (folder / "settings.json").exists():
+        raise tv.TvLensError(f"{folder} is not empty and holds no experiment; use another folder")
+
+
+def check_vectors(path: Path) -> None:
+    """Refuse a file that does not hold tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise tv.TvLensError(f"{path}: no such file of task vectors")
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise tv.TvLensError(f"{path}: not a safetensors file, or cut short ({error})") from error
+
+
+def check_results(path: Path) -> None:
+    """Refuse a file that does not hold an experiment."""
+    from tv_lens.files import from_json, read_whole
+
+    try:
+        saved = from_json(read_whole(path))
+    except tv.TvLensError as error:
+        raise tv.TvLensError(f"{path}: not a saved experiment, or the file is corrupted ({error})") from error
+    if not isinstance(saved, dict) or not {"settings", "results"} <= set(saved):
+        raise tv.TvLensError(f"{path}: not a saved experiment")
