@@ -39,6 +39,25 @@ def test_a_sweep_equals_patching_layer_by_layer(twins: Twins) -> None:
     assert (some.layers, some.scores[0].texts) == ((3, 1), alone.texts)
 
 
+def test_each_prompt_of_a_sweep_ends_at_its_own_separator(llama: Twins) -> None:
+    template = tv.Template("{input} -> {output}", separator="never written")
+    prompts = WORDS.sample(2, shots=1, seed=0, template=template)
+    vectors = tv.extract(llama.bridge, prompts, WORDS.substitutes(prompts, 1, seed=0))
+    free = tv.patch_generate(llama.bridge, prompts, vectors, 0, max_new_tokens=4).texts
+    # A character that the model writes for this prompt.
+    own = [
+        replace(prompt, template=replace(template, separator=text[i]))
+        for i, (prompt, text) in enumerate(zip(prompts, free, strict=True))
+    ]
+    sweep = tv.sweep_layers(llama.bridge, WORDS, own, vectors, max_new_tokens=4)
+    for layer, score in zip(sweep.layers, sweep.scores, strict=True):
+        for i, prompt in enumerate(own):
+            alone = replace(vectors, values=vectors.values[i : i + 1], prompts=(), substitutes=())
+            expected = tv.patch_generate(llama.bridge, [prompt], alone, layer, max_new_tokens=4)
+            assert score.texts[i] == expected[0]
+    assert all(len(text) < len(whole) for text, whole in zip(sweep.scores[0].texts, free, strict=True))
+
+
 def test_a_sweep_runs_each_query_once_and_one_token_a_layer() -> None:
     twins = make_twins("llama")
     prompts = [Prompt((), query, "A", Template("{input} -> {output}")) for query in ("a", "b", "x")]
@@ -277,14 +296,14 @@ def test_an_experiment_equals_its_parts(llama: Twins, experiment: tv.Experiment)
 @pytest.mark.parametrize("seed", [1, 7])
 def test_the_seed_reaches_every_draw(llama: Twins, seed: int) -> None:
     """The split, the prompts, the substitutes, the shuffling and the random control, each by hand."""
-    actual = tv.run_experiment(llama.bridge, [WORDS], **SMALL, seed=seed)
+    actual = tv.run_experiment(llama.bridge, [WORDS], **SMALL | {"shots": 4}, seed=seed)
     dev, test = WORDS.split(6 / 13, seed=seed)
-    prompts = dev.sample(6, shots=2, seed=seed, template=tv.PAPER)
+    prompts = dev.sample(6, shots=4, seed=seed, template=tv.PAPER)
     vector = tv.extract(llama.bridge, prompts, dev.substitutes(prompts, 2, seed=seed)).mean()
     assert torch.equal(actual.vectors["upper"].values, vector.values)
     mixed = tv.shuffle_outputs(prompts, seed)
     shuffled = tv.extract(llama.bridge, mixed, dev.substitutes(mixed, 2, seed=seed)).mean()
-    asked = test.sample(7, shots=2, seed=seed, template=tv.PAPER)
+    asked = test.sample(7, shots=4, seed=seed, template=tv.PAPER)
     [result] = actual.results
     for name, each in {"random": random_like(vector, 7, seed), "shuffled": shuffled, "patched": vector}.items():
         texts = tv.patch_generate(llama.bridge, asked, each, result.sweep.best, max_new_tokens=2)
@@ -529,6 +548,23 @@ def test_first_token_scoring_is_named_for_what_it_is(llama: Twins) -> None:
     rule = tv.first_token(llama.bridge, tv.PAPER)
     score = actual.results[0].evaluation.few_shot
     assert score.correct == tuple(rule(text, answer) for text, answer in zip(score.texts, score.answers, strict=True))
+
+
+def test_the_first_token_rule_scores_dev_and_test(llama: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "first_token", lambda *args: tv.Rule("all", lambda prediction, answer: True))
+    task = replace(WORDS, accepts=tv.Rule("none", lambda prediction, answer: False))
+    [result] = tv.run_experiment(llama.bridge, [task], **SMALL | {"max_new_tokens": 1}).results
+    assert {score.accuracy for score in result.sweep.scores} == {1}
+    assert {score.accuracy for score in result.evaluation.conditions.values()} == {1}
+
+
+def test_another_methods_result_is_refused_on_resume(llama: Twins, tmp_path: Path) -> None:
+    methods: list[tv.Method] = [tv.Extraction(substitutes=2), tv.AcrossPrompts()]
+    tv.run_experiment(llama.bridge, [WORDS], **SMALL, methods=methods, folder=tmp_path)
+    one, other = sorted(path for path in tmp_path.glob("*.json") if path.name != "settings.json")
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(tv.TvLensError, match="damaged result .it is of the method '.*', not '.*'.*delete it"):
+        tv.run_experiment(llama.bridge, [WORDS], **SMALL, methods=methods, folder=tmp_path)
 
 
 def test_wrong_use_of_an_experiment_says_what_to_do(llama: Twins, tmp_path: Path) -> None:

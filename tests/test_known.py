@@ -34,7 +34,9 @@ def test_the_inputs_that_are_answered_correctly_are_kept() -> None:
 
 def test_a_task_that_the_model_cannot_do_says_so(as_users_run_it: None) -> None:
     task = tv.Task("never", WORDS, str.upper, lambda prediction, answer: False)
-    with pytest.raises(tv.TvLensError, match=r"answers none of its 8 inputs correctly after 2 demonstrations \(it gives"):
+    with pytest.raises(
+        tv.TvLensError, match=r"answers none of its 8 inputs correctly after 2 demonstrations \(it gives"
+    ):
         task.known(make_twins("gpt2").bridge, shots=2, seed=0)
 
 

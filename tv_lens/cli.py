@@ -20,6 +20,7 @@ import tv_lens as tv  # which imports torch and TransformerLens only when a comm
 from tv_lens.cli_checks import (
     FileOptions,
     UsageError,
+    check_chat,
     check_folder,
     check_model,
     check_results,
@@ -60,6 +61,9 @@ FirstToken = Annotated[bool, typer.Option("--first-token", help="Score by the an
 TemplateText = Annotated[str, typer.Option("--template", help="How a demonstration is written.")]
 RuleName = Annotated[str, typer.Option("--rule", help="When an answer is correct: starts_with or exact_match.")]
 Separator = Annotated[str, typer.Option(help=r"The text between demonstrations; \n is a line end.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Write prompts as conversations, by the model's own chat template.")]
+OneTurn = Annotated[bool, typer.Option("--one-turn", help="With --chat: all demonstrations in one message.")]
+System = Annotated[str | None, typer.Option("--system", help="With --chat: the system message.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 TaskName = Annotated[
@@ -123,6 +127,9 @@ def run(
     header: Header = None,
     template: TemplateText = _TEMPLATE,
     separator: Separator = r"\n",
+    chat: Chat = False,
+    one_turn: OneTurn = False,
+    system: System = None,
     device: Device = None,
     dtype: Dtype = "float32",
     batch_size: BatchSize = None,
@@ -140,10 +147,12 @@ def run(
     if folder is not None:
         check_folder(folder)
     written = _template(template, separator)
+    check_chat(written, chat=chat, one_turn=one_turn, system=system)
     for task in chosen:
         check_sampling(task, n_dev, n_test, shots=shots, seed=seed, template=written)
+    engine = _engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     experiment = tv.run_experiment(
-        _engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet),
+        engine,
         chosen,
         shots=shots,
         n_dev=n_dev,
@@ -151,7 +160,7 @@ def run(
         seed=seed,
         substitutes=substitutes,
         across=across,
-        template=written,
+        template=_format(engine, written, chat, one_turn, system),
         max_new_tokens=1 if first_token else max_new_tokens,
         folder=folder,
     )
@@ -199,6 +208,9 @@ def extract(
     header: Header = None,
     template: TemplateText = _TEMPLATE,
     separator: Separator = r"\n",
+    chat: Chat = False,
+    one_turn: OneTurn = False,
+    system: System = None,
     device: Device = None,
     dtype: Dtype = "float32",
     batch_size: BatchSize = None,
@@ -209,10 +221,16 @@ def extract(
     check_model(model, demo=demo, device=device, dtype=dtype)
     check_writable(to, (".safetensors",))
     chosen = chosen_task(task, FileOptions(input_column, output_column, under, header))
-    asked = chosen.sample(prompts, shots=shots, seed=seed, template=_template(template, separator))
+    written = _template(template, separator)
+    check_chat(written, chat=chat, one_turn=one_turn, system=system)
+    asked = chosen.sample(prompts, shots=shots, seed=seed, template=written)
     if not across:
         chosen.substitutes(asked, substitutes, seed=seed)
     engine = _engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    if chat:
+        asked = chosen.sample(
+            prompts, shots=shots, seed=seed, template=_format(engine, written, chat, one_turn, system)
+        )
     vectors = _method(substitutes, across)(engine, chosen, asked, seed)
     vectors.save(to)
     row = {
@@ -249,6 +267,9 @@ def sweep(
     header: Header = None,
     template: TemplateText = _TEMPLATE,
     separator: Separator = r"\n",
+    chat: Chat = False,
+    one_turn: OneTurn = False,
+    system: System = None,
     device: Device = None,
     dtype: Dtype = "float32",
     batch_size: BatchSize = None,
@@ -261,15 +282,19 @@ def sweep(
     if vectors is not None:
         check_vectors(vectors)
     written = _template(template, separator)
+    check_chat(written, chat=chat, one_turn=one_turn, system=system)
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=written)
     if vectors is None and not across:
         chosen.substitutes(asked, substitutes, seed=seed)
     loaded = None if vectors is None else tv.TaskVectors.load(vectors)
     engine = _engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    format_ = _format(engine, written, chat, one_turn, system)
+    if chat:
+        asked = chosen.sample(prompts, shots=shots, seed=seed, template=format_)
     if loaded is None:
         loaded = _method(substitutes, across)(engine, chosen, asked, seed)
     if first_token:
-        chosen, max_new_tokens = replace(chosen, accepts=tv.first_token(engine, written, chosen)), 1
+        chosen, max_new_tokens = replace(chosen, accepts=tv.first_token(engine, format_, chosen)), 1
     result = tv.sweep_layers(engine, chosen, asked, loaded.mean(), max_new_tokens=max_new_tokens)
     _show(
         result.to_pandas(),
@@ -358,6 +383,15 @@ def _method(substitutes: int, across: bool) -> tv.Method:
 
 def _template(example: str, separator: str) -> tv.Template:
     return tv.Template(example, separator.replace(r"\n", "\n").replace(r"\t", "\t"))
+
+
+def _format(
+    engine: tv.LocalEngine, written: tv.Template, chat: bool, one_turn: bool, system: str | None
+) -> tv.PromptFormat:
+    """How prompts are written: by the template, or as conversations."""
+    if not chat:
+        return written
+    return tv.ChatTemplate.of(engine, system=system, layout="one turn" if one_turn else "turns", template=written)
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

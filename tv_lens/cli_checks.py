@@ -91,6 +91,17 @@ def check_model(model: str | None, *, demo: bool, device: str | None, dtype: str
         raise tv.TvLensError(f"cannot load the model {model!r}: there is no such folder")
 
 
+def check_chat(written: tv.Template, *, chat: bool, one_turn: bool, system: str | None) -> None:
+    """Refuse options of conversations that would do nothing."""
+    if not chat and (one_turn or system is not None):
+        raise UsageError("--one-turn and --system are about conversations; add --chat, or leave them out")
+    if chat and not one_turn and written != tv.PAPER:
+        raise UsageError(
+            "with --chat each demonstration is a turn of its own, so --template and --separator do nothing; add "
+            "--one-turn to write all demonstrations in one message, or leave them out"
+        )
+
+
 def check_sampling(task: tv.Task, n_dev: int, n_test: int, *, shots: int, seed: int, template: tv.Template) -> None:
     """Refuse a task with too few inputs for `run_experiment`, which splits and samples it in this way."""
     for part, n in zip(task.split(n_dev / (n_dev + n_test), seed=seed), (n_dev, n_test), strict=True):

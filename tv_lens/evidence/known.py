@@ -11,9 +11,7 @@ from tv_lens.prompts import PromptFormat
 from tv_lens.tasks import Task
 
 
-def known_part(
-    model: Model, task: Task, *, shots: int, seed: int, template: PromptFormat, max_new_tokens: int
-) -> Task:
+def known_part(model: Model, task: Task, *, shots: int, seed: int, template: PromptFormat, max_new_tokens: int) -> Task:
     """What `Task.known` returns."""
     prompts = task.sample(len(task), shots=shots, seed=seed, template=template)
     score = unpatched_score(engine_for(model), task, prompts, max_new_tokens)
@@ -21,8 +19,8 @@ def known_part(
     if not right:
         raise TvLensError(
             f"task {task.name!r}: the model answers none of its {len(task)} inputs correctly after {shots} "
-            f"demonstrations (it gives {score.texts[0]!r} for {prompts[0].query!r}, not {score.answers[0]!r}); use more "
-            "shots, another template, or a larger model"
+            f"demonstrations (it gives {score.texts[0]!r} for {prompts[0].query!r}, not {score.answers[0]!r}); use "
+            "more shots, another template, or a larger model"
         )
     name = f"{task.name} (known: {len(right)} of {len(task)})"
     return replace(task, name=name, inputs=tuple(text for text in task.inputs if text in right))

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tv_lens.errors import TvLensError, warn
 from tv_lens.prompts import PAPER, Example, Prompt, PromptFormat, Template
@@ -19,6 +20,9 @@ from tv_lens.tasks.layout import Choice, Column, lay_out
 from tv_lens.tasks.readers import Content, read_content
 from tv_lens.tasks.records import Records, content_of
 from tv_lens.tasks.rules import Accepts, Rule, starts_with
+
+if TYPE_CHECKING:
+    from tv_lens.engines import Model
 
 
 @dataclass(frozen=True, repr=False)
@@ -319,6 +323,23 @@ class Task:
             f"task {self.name!r}: the answer {short(answers[cut[0]])} of {short(cut[0])} contains {stop!r}, "
             f"where answers end, so it could never be right ({len(cut)} of {len(answers)} answers do); {advice}"
         )
+
+    def known(
+        self, model: Model, *, shots: int, seed: int, template: PromptFormat = PAPER, max_new_tokens: int = 8
+    ) -> Task:
+        """The part of the task that the model can do: the inputs that it answers correctly after `shots`
+        demonstrations. Each input is asked once (Todd et al. 2024, section 2.1, evaluate on such a part).
+
+        The name of the result holds the share, as in `antonyms (known: 51 of 94)`, and so does the provenance of
+        vectors and experiments that come from it. Accuracies on it depend on this choice: few-shot accuracy is high
+        because of it.
+
+        Raises:
+            TvLensError: too few inputs, or none that the model answers correctly.
+        """
+        from tv_lens.evidence.known import known_part
+
+        return known_part(model, self, shots=shots, seed=seed, template=template, max_new_tokens=max_new_tokens)
 
     def _draw(self, purpose: str, seed: int) -> random.Random:
         # Keyed by text, which `random` hashes with SHA-512: one seed for everything draws independently
