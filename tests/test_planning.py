@@ -108,6 +108,14 @@ def test_a_pass_is_as_large_as_the_budgets_allow(changes: dict[str, Any], longes
     assert Limits(**changes).rows(longest) == rows
 
 
+@pytest.mark.parametrize(("most", "shared"), [(10, True), (9, False)])
+def test_pads_are_put_in_the_middle_exactly_up_to_their_limit(most: int, shared: bool) -> None:
+    """The longest prefix has 6 tokens and the longest tail 4."""
+    groups = [[[1] * 6 + [2], [1] * 6 + [3]], [[4, 5, 6, 7, 8], [4, 9]]]
+    batches = plan_batches(groups, Limits(shares_prefixes=True, gaps_up_to=float(most)))
+    assert [bool(batch.prefixes) for batch in batches] == ([True] if shared else [False])
+
+
 def test_a_large_vocabulary_makes_small_batches() -> None:
     rows = [[[1, 2, 3]] for _ in range(600)]
     sizes = [len(part.rows) for batch in plan_batches(rows, Limits(d_vocab=256_000)) for part in batch.parts]

@@ -47,6 +47,19 @@ def test_split_parts_share_nothing_and_lose_nothing() -> None:
     assert TASK.split(0.4, seed=1)[0].inputs == dev.inputs != TASK.split(0.4, seed=2)[0].inputs
 
 
+def test_split_parts_accept_what_the_task_accepts() -> None:
+    """Alternatives of an answer, and those that only some inputs have."""
+    mapping = {"big": ["small", "little"], "light": ["dark", "heavy"], "bright": "dark", "hot": "cold"}
+    task = Task.from_mapping("opposites", mapping)
+    for seed in range(4):
+        for part in task.split(0.5, seed=seed):
+            for query in part.inputs:
+                for answer in ("little", "heavy"):
+                    expected = task.right(answer, task.answer(query), query=query)
+                    assert part.right(answer, part.answer(query), query=query) == expected
+                    assert expected == ((query, answer) in {("big", "little"), ("light", "heavy")})
+
+
 def test_fewer_prompts_are_the_first_of_more() -> None:
     assert TASK.sample(5, shots=3, seed=4) == TASK.sample(20, shots=3, seed=4)[:5]
     assert TASK.sample(5, shots=3, seed=4) != TASK.sample(5, shots=3, seed=5)
