@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import tv_lens as tv
 from tv_lens import Evaluation, Prompt, Score, Sweep, Task, TaskVectors, Template
 from tv_lens.evidence import experiments
-from tv_lens.evidence.controls import random_like
+from tv_lens.evidence.controls import ShuffledDemonstrations, Treatment, random_like
 from tv_lens.methods import extraction
 
 TASK = Task("upper", ("a", "bb", "cold", "dog", "quick brown", "fox", "wet", "x"), str.upper)
@@ -308,6 +308,19 @@ def test_the_seed_reaches_every_draw(llama: Twins, seed: int) -> None:
     for name, each in {"random": random_like(vector, 7, seed), "shuffled": shuffled, "patched": vector}.items():
         texts = tv.patch_generate(llama.bridge, asked, each, result.sweep.best, max_new_tokens=2)
         assert result.evaluation.conditions[name].texts == texts.texts
+
+
+def test_the_shuffled_control_permutes_by_the_seed(llama: Twins) -> None:
+    prompts = WORDS.sample(3, shots=4, seed=0)
+    method = tv.Extraction(substitutes=1)
+    vectors = method(tv.LocalEngine(llama.bridge), WORDS, prompts, 7)
+    treatment = Treatment(tv.LocalEngine(llama.bridge), WORDS, prompts, vectors, method, seed=7, n=3)
+    actual = ShuffledDemonstrations()(treatment)
+    assert actual is not None
+    mixed = tv.shuffle_outputs(prompts, 7)
+    assert mixed != tv.shuffle_outputs(prompts, 0)
+    expected = tv.extract(llama.bridge, mixed, WORDS.substitutes(mixed, 1, seed=7))
+    assert torch.equal(actual.values, expected.values)
 
 
 def test_the_other_task_is_half_the_list_away(llama: Twins) -> None:
