@@ -9,6 +9,7 @@ from .edits import (
     RESID_POST,
     Edit,
     Edits,
+    Head,
     Layers,
     Patch,
     Site,
@@ -26,12 +27,16 @@ from .evidence.results import Conflict, Evaluation, Experiment, Score, Sweep, Ta
 from .evidence.settings import Settings
 from .generation import Completions, generate, greedy, patch_generate, patched_logits, sample
 from .geometry import Similarities, VectorMap, compare_tasks, map_vectors, pca, similarity, tsne
+from .heads import FewShot, HeadEffects, across_tasks, published_heads
 from .inspection import TokenTable, show_tokens
 from .methods.base import Method
 from .methods.extraction import AcrossPrompts, Extraction, extract, extract_across
+from .methods.function_vectors import FunctionVector, MeanState, function_vector
+from .methods.heads import head_effects, read_heads
 from .prompts import PAPER, Example, PlainText, Prompt, PromptFormat, Template
 from .provenance import Provenance
 from .readout import TopTokens, top_tokens
+from .shuffling import without_demonstrations
 from .tasks.library import library
 from .tasks.rules import Rule, exact_match, starts_with
 from .tasks.task import Task
@@ -58,8 +63,13 @@ __all__ = [
     "Example",
     "Experiment",
     "Extraction",
+    "FewShot",
+    "FunctionVector",
+    "Head",
+    "HeadEffects",
     "Layers",
     "LocalEngine",
+    "MeanState",
     "Method",
     "MissingExtraError",
     "OtherTask",
@@ -89,6 +99,7 @@ __all__ = [
     "UnsupportedError",
     "VectorMap",
     "Write",
+    "across_tasks",
     "add",
     "answer_logprobs",
     "compare_tasks",
@@ -101,8 +112,10 @@ __all__ = [
     "extract",
     "extract_across",
     "first_token",
+    "function_vector",
     "generate",
     "greedy",
+    "head_effects",
     "layers",
     "library",
     "map_vectors",
@@ -111,6 +124,8 @@ __all__ = [
     "patch_generate",
     "patched_logits",
     "pca",
+    "published_heads",
+    "read_heads",
     "run_experiment",
     "sample",
     "score",
@@ -121,4 +136,5 @@ __all__ = [
     "sweep_layers",
     "top_tokens",
     "tsne",
+    "without_demonstrations",
 ]

@@ -5,7 +5,6 @@ A custom control is a class that derives from `Control`, names itself and define
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,8 @@ from transformer_lens.utilities.statistics import derive_generator
 from tv_lens.engines import Engine
 from tv_lens.errors import TvLensError
 from tv_lens.methods import Method
-from tv_lens.prompts import Example, Prompt
+from tv_lens.prompts import Prompt
+from tv_lens.shuffling import shuffle_outputs
 from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors
 
@@ -113,6 +113,8 @@ def random_like(vectors: TaskVectors, n: int, seed: int) -> TaskVectors:
     shape = (n, *vectors.values.shape[1:])
     generator = derive_generator(seed, "random control")
     noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    if vectors.heads:  # in these heads alone
+        noise = noise * vectors.written
     length = vectors.values.norm(dim=-1, keepdim=True)
     return replace(
         vectors,
@@ -124,37 +126,3 @@ def random_like(vectors: TaskVectors, n: int, seed: int) -> TaskVectors:
         options={},
         terms=(),
     )
-
-
-def shuffle_outputs(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
-    """The prompts with the outputs of their demonstrations permuted, so that no demonstration keeps its own and as few
-    as possible are still correct. (If most outputs are equal, some will be.)
-
-    Raises:
-        TvLensError: a prompt with fewer than two demonstrations.
-    """
-    draw = random.Random(f"shuffle outputs:{seed}")
-    mixed = []
-    for i, prompt in enumerate(prompts):
-        if prompt.shots < 2:
-            raise TvLensError(f"prompt {i} has {prompt.shots} demonstrations; outputs are permuted among 2 or more")
-        order = draw.sample(range(prompt.shots), prompt.shots)
-        outputs = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle through all
-        if any(prompt.examples[j].output == prompt.examples[k].output for j, k in outputs.items()):
-            outputs = _fewest_correct([example.output for example in prompt.examples], order)
-        examples = [Example(each.input, prompt.examples[outputs[j]].output) for j, each in enumerate(prompt.examples)]
-        mixed.append(replace(prompt, examples=tuple(examples)))
-    return mixed
-
-
-def _fewest_correct(outputs: Sequence[str], order: Sequence[int]) -> dict[int, int]:
-    """The assignment of outputs with the fewest correct pairs and, among these, the fewest fixed points; `order` breaks
-    ties.
-    """
-    import numpy as np
-    from scipy.optimize import linear_sum_assignment
-
-    n = len(outputs)
-    cost = np.array([[(outputs[j] == outputs[k]) + (j == k) / (n + 1) for k in order] for j in order])
-    rows, columns = linear_sum_assignment(cost)
-    return {order[row]: order[column] for row, column in zip(rows.tolist(), columns.tolist(), strict=True)}
