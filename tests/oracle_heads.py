@@ -57,14 +57,15 @@ def head_added(twins: Twins, text: str, layer: int, head: int, n_heads: int) -> 
     alone = torch.zeros_like(z)
     d_head = len(z) // n_heads
     alone[head * d_head : (head + 1) * d_head] = z[head * d_head : (head + 1) * d_head]
-    part = (projection(alone[None, None]) - projection(torch.zeros_like(alone)[None, None]))[0, 0]
+    part: Tensor = (projection(alone[None, None]) - projection(torch.zeros_like(alone)[None, None]))[0, 0]
     if norm is None:
         return part
     whole = projection(z[None, None])[0, 0]
     weight: Any = norm.weight
     gain = 1 + weight if type(norm).__name__.startswith("Gemma") else weight
     epsilon: Any = norm.eps if "eps" in vars(norm) else norm.variance_epsilon
-    return part * gain / (whole.pow(2).mean() + epsilon).sqrt()
+    scaled: Tensor = part * gain / (whole.pow(2).mean() + epsilon).sqrt()
+    return scaled
 
 
 def next_logprobs(twins: Twins, text: str, edits: list[PlainEdit], n_heads: int) -> Tensor:

@@ -20,7 +20,8 @@ from .edits import (
 )
 from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for
 from .errors import EngineError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
-from .evidence.controls import Control, OtherTask, RandomDirection, ShuffledDemonstrations, shuffle_outputs
+from .evidence.conditions import Condition, Conditions, across_conditions, free_text, occurs, other_template
+from .evidence.controls import Control, OtherTask, RandomDirection, RandomHeads, ShuffledDemonstrations
 from .evidence.evaluation import conflict, evaluate, score, sweep_layers
 from .evidence.experiments import run_experiment
 from .evidence.results import Conflict, Evaluation, Experiment, Score, Sweep, TaskResult, mcnemar
@@ -33,10 +34,10 @@ from .methods.base import Method
 from .methods.extraction import AcrossPrompts, Extraction, extract, extract_across
 from .methods.function_vectors import FunctionVector, MeanState, function_vector
 from .methods.heads import head_effects, read_heads
-from .prompts import PAPER, Example, PlainText, Prompt, PromptFormat, Template
+from .prompts import PAPER, Example, FreeText, PlainText, Prompt, PromptFormat, Template
 from .provenance import Provenance
 from .readout import TopTokens, top_tokens
-from .shuffling import without_demonstrations
+from .shuffling import shuffle_outputs, without_demonstrations
 from .tasks.library import library
 from .tasks.rules import Rule, exact_match, starts_with
 from .tasks.task import Task
@@ -52,6 +53,8 @@ __all__ = [
     "RESID_POST",
     "AcrossPrompts",
     "Completions",
+    "Condition",
+    "Conditions",
     "Conflict",
     "Control",
     "DemoModelError",
@@ -64,6 +67,7 @@ __all__ = [
     "Experiment",
     "Extraction",
     "FewShot",
+    "FreeText",
     "FunctionVector",
     "Head",
     "HeadEffects",
@@ -79,6 +83,7 @@ __all__ = [
     "PromptFormat",
     "Provenance",
     "RandomDirection",
+    "RandomHeads",
     "RemoteEngine",
     "Rule",
     "Score",
@@ -99,6 +104,7 @@ __all__ = [
     "UnsupportedError",
     "VectorMap",
     "Write",
+    "across_conditions",
     "across_tasks",
     "add",
     "answer_logprobs",
@@ -112,6 +118,7 @@ __all__ = [
     "extract",
     "extract_across",
     "first_token",
+    "free_text",
     "function_vector",
     "generate",
     "greedy",
@@ -120,6 +127,8 @@ __all__ = [
     "library",
     "map_vectors",
     "mcnemar",
+    "occurs",
+    "other_template",
     "overwrite",
     "patch_generate",
     "patched_logits",

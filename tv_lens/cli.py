@@ -233,6 +233,75 @@ def sweep(
 
 
 @app.command()
+def heads(
+    task: TaskName,
+    model: ModelName = None,
+    demo: Demo = False,
+    prompts: Count = 25,
+    shots: Annotated[int, typer.Option(min=2, help="Demonstrations in a prompt.")] = 10,
+    seed: Seed = 0,
+    top: Annotated[int, typer.Option(min=1, help="How many heads to show, and to make the function vector of.")] = 10,
+    log_probability: Annotated[
+        bool, typer.Option("--log-probability", help="Measure the change of log P(answer) instead of P(answer).")
+    ] = False,
+    attribution: Annotated[
+        bool, typer.Option("--attribution", help="Estimate effects from one gradient per prompt: fast.")
+    ] = False,
+    save: Annotated[Path | None, typer.Option(help="Write all effects as .safetensors.")] = None,
+    vector: Annotated[Path | None, typer.Option(help="Write the function vector as .safetensors.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a heat map of all heads as .html.")] = None,
+    template: TemplateText = _TEMPLATE,
+    separator: Separator = r"\n",
+    device: Device = None,
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Show which attention heads carry a task: the effect of each on prompts with permuted outputs."""
+    chosen = _task(task)
+    for path, kind in ((save, ".safetensors"), (vector, ".safetensors"), (plot, ".html")):
+        if path is not None:
+            _writable(path, (kind,))
+    asked = chosen.sample(prompts, shots=shots, seed=seed, template=_template(template, separator))
+    engine = _engine(model, demo=demo, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    read = tv.read_heads(engine, asked)
+    effects = tv.head_effects(
+        engine,
+        asked,
+        read,
+        measure="log-probability" if log_probability else "probability",
+        how="attribution" if attribution else "exact",
+        seeds=[seed],
+    )
+    best = effects.top(min(top, len(effects.heads)))
+    if save is not None:
+        effects.save(save)
+    if vector is not None:
+        tv.function_vector(engine, read, best).save(vector)
+    if plot is not None:
+        effects.plot(mark=top).write_html(plot, include_plotlyjs=True)
+    table = effects.to_pandas().head(top)
+    data = {
+        "task": chosen.name,
+        "model": engine.name,
+        "measure": effects.measure,
+        "how": effects.how,
+        "prompts": len(effects),
+        "diagnosis": effects.diagnosis,
+        "top_heads": [list(head) for head in best],
+        "heads": _records(table),
+    }
+    notes = "".join(f"\nnote: {text}" for text in effects.diagnosis)
+    _show(
+        table.assign(**{name: [f"{value:+.4f}" for value in table[name]] for name in ("effect", "low", "high")}),
+        data,
+        as_json,
+        f"{effects!r}\nchange of {effects.measure}, 95% interval over prompts; significant: with all heads{notes}",
+    )
+
+
+@app.command()
 def generate(
     queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="What to answer, without demonstrations.")],
     vectors: Annotated[Path, typer.Option("--vectors", help="Vectors from `tv-lens extract`; their mean is used.")],

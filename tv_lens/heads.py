@@ -61,9 +61,10 @@ class HeadEffects:
     """The effect of every attention head on every corrupted prompt.
 
     `values[i, j, h]` is the effect of head `h` of layer `layers[j]` on prompt `i`: a difference of probabilities (-1 to
-    1) or of log-probabilities, by `measure`; float32, on the CPU, NaN for heads that were left out. `baseline[i]` is log
-    P(y) on the corrupted prompt as it is. Each prompt was corrupted once for each of `seeds`: the rows of the first seed
-    come first.
+    1) or of log-probabilities, by `measure`; float32, on the CPU, NaN for heads that were left out. `baseline[i]` is
+    log P(y) on the corrupted prompt as it is. Each prompt was corrupted once for each of `seeds`: the rows of the first
+    seed come first. `answers` are the prompts' answers, and `first_tokens` is how many different tokens they begin
+    with. `few_shot` says how the model does on the prompts that the means are from.
 
     Raises:
         TvLensError: parts that do not fit together.
@@ -93,7 +94,8 @@ class HeadEffects:
         if not (fits and self.seeds and n_prompts % len(self.seeds) == 0):
             raise TvLensError(
                 f"effects of shape {tuple(self.values.shape)} for {len(self.baseline)} prompts, the layers "
-                f"{list(self.layers)[:12]} and {len(self.seeds)} seeds do not fit together; expected (prompt, layer, head)"
+                f"{list(self.layers)[:12]} and {len(self.seeds)} seeds do not fit together; expected (prompt, layer, "
+                "head)"
             )
         if not all(0 <= layer < self.n_layers for layer in self.layers):
             raise TvLensError(f"layers {list(self.layers)[:12]} are not those of a model with {self.n_layers} layers")
@@ -214,7 +216,8 @@ class HeadEffects:
             return ""
         return (
             f"permuted outputs hardly hurt: the answer's mean probability is {corrupted:.3f} with them and "
-            f"{self.few_shot.probability:.3f} without, so no head has much to restore; try corrupt=without_demonstrations"
+            f"{self.few_shot.probability:.3f} without, so no head has much to restore; try "
+            "corrupt=without_demonstrations"
         )
 
     def _effect_texts(self) -> list[str]:
@@ -230,7 +233,8 @@ class HeadEffects:
             other = "" if self.measure == "log-probability" else "measure='log-probability', "
             texts.append(
                 f"no head's effect is above 0 by the simultaneous 95% interval of {len(self.heads)} heads over "
-                f"{len(self)} prompts; try more prompts, several seeds, {other}more shots, or a task that the model does"
+                f"{len(self)} prompts; try more prompts, several seeds, {other}more shots, or a task that the "
+                "model does"
             )
         return texts
 
@@ -295,8 +299,9 @@ class HeadEffects:
             header = typed(raw, _Header)
             if set(tensors) != {"baseline", "values"} or header.sha256 != _digest(raw, tensors):
                 raise TvLensError("its content does not match its checksum")
-            known = {each: getattr(header, each) for each in _Header.__dataclass_fields__}
-            return cls(**tensors, **{name: each for name, each in known.items() if name not in ("format", "sha256")})
+            known: dict[str, Any] = {each: getattr(header, each) for each in _Header.__dataclass_fields__}
+            del known["format"], known["sha256"]
+            return cls(tensors["values"], tensors["baseline"], **known)
         except (safetensors.SafetensorError, TvLensError) as error:
             raise TvLensError(f"{path}: not a file of head effects, or a damaged one ({error})") from error
 
@@ -340,8 +345,8 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def across_tasks(effects: Sequence[HeadEffects]) -> HeadEffects:
-    """The effects averaged over tasks, for a set of heads that serves them all: one row per task, so intervals are about
-    tasks drawn independently.
+    """The effects averaged over tasks, for a set of heads that serves them all: one row per task, so intervals are
+    about tasks drawn independently.
 
     Raises:
         TvLensError: no effects, or effects of different models, heads or measures.
@@ -369,8 +374,8 @@ def across_tasks(effects: Sequence[HeadEffects]) -> HeadEffects:
 
 
 def published_heads(path: str | Path) -> tuple[Head, ...]:
-    """The heads of a published list, in its order: a JSON file that holds `{"top_heads": [[layer, head], ...]}`, or just
-    the list, whose entries may have an effect in third position.
+    """The heads of a published list, in its order: a JSON file that holds `{"top_heads": [[layer, head], ...]}`, or
+    just the list, whose entries may have an effect in third position.
 
     Raises:
         OSError: the file cannot be read.

@@ -2,8 +2,8 @@
 
 A head's output `z[h]` goes through its slice of the output projection, `W_O[h] z[h]`, without the bias. Two kinds of
 blocks change the attention's output `a` before they add it: a norm follows in Gemma 2 and 3, OLMo 2 and 3 and GLM 4,
-and Granite multiplies by a constant. A norm `gamma * a / rms(a)` is linear once its scale `1 / rms(a)` is known, and `a`
-is known, because all heads are. So
+and Granite multiplies by a constant. A norm `gamma * a / rms(a)` is linear once its scale `1 / rms(a)` is known, and
+`a` is known, because all heads are. So
 
     head_output[h] = multiplier * gamma * W_O[h] mean over rows of z[h] / rms(a)
 

@@ -5,6 +5,7 @@ A custom control is a class that derives from `Control`, names itself and define
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from transformer_lens.utilities.statistics import derive_generator
 from tv_lens.engines import Engine
 from tv_lens.errors import TvLensError
 from tv_lens.methods import Method
+from tv_lens.methods.function_vectors import chosen_heads
+from tv_lens.methods.heads import all_heads, read_heads
 from tv_lens.prompts import Prompt
 from tv_lens.shuffling import shuffle_outputs
 from tv_lens.tasks import Task
@@ -90,6 +93,39 @@ class ShuffledDemonstrations(Control):
         mixed = shuffle_outputs(treatment.prompts, treatment.seed)
         vectors = treatment.method(treatment.engine, treatment.task, mixed, treatment.seed)
         return vectors.mean() if len(treatment.vectors) == 1 else vectors
+
+
+@dataclass(frozen=True)
+class RandomHeads(Control):
+    """The function vector of as many other heads, drawn at random for each patched prompt, as long as the task's."""
+
+    name: ClassVar[str] = "random heads"
+    description: ClassVar[str] = "the function vector of as many random other heads, as long as the task's"
+
+    def __call__(self, treatment: Treatment) -> TaskVectors | None:
+        """One vector per patched prompt; None if the task's vector is not a summed function vector."""
+        chosen = chosen_heads(treatment.vectors)
+        if not chosen or treatment.vectors.heads:
+            return None
+        engine = treatment.engine
+        read = read_heads(engine, treatment.prompts)
+        outputs = torch.stack([engine.head_outputs(read.at(layer), layer) for layer in read.layers])
+        others = [head for head in all_heads(read) if head not in chosen]
+        draw = random.Random(f"random heads:{treatment.seed}")
+        sets = [draw.sample(others, min(len(chosen), len(others))) for _ in range(treatment.n)]
+        slots = [[(read.layers.index(layer), head) for layer, head in each] for each in sets]
+        summed = torch.stack([torch.stack([outputs[slot] for slot in each]).sum(dim=0) for each in slots])
+        length = treatment.vectors.values.norm(dim=-1, keepdim=True)
+        direction = summed / summed.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        return replace(
+            treatment.vectors,
+            values=direction[:, None] * length,
+            prompts=(),
+            substitutes=(),
+            method=f"random heads, as long as {treatment.vectors.method} of {treatment.vectors.task!r}",
+            options={"heads": [[list(head) for head in each] for each in sets]},
+            terms=(),
+        )
 
 
 CONTROLS: tuple[Control, ...] = (RandomDirection(), OtherTask(), ShuffledDemonstrations())

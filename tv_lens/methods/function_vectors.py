@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from einops import repeat
 
-from tv_lens.edits import HEADS, RESID_POST, Head
+from tv_lens.edits import RESID_POST, Head
 from tv_lens.engines import Capability, Engine, Model, engine_for
 from tv_lens.errors import TvLensError
 from tv_lens.heads import HeadEffects, How, Measure
@@ -35,8 +35,8 @@ def function_vector(
     after the attention (Gemma 2 and 3, OLMo 2 and 3, GLM 4) each head's part has the scale of that norm on the same
     prompt, and in Granite its multiplier, so the vector always has the units of the residual stream.
 
-    With `distributed` each head's mean output is written at its own layer instead, over the head's own output: write all
-    of them at once with `layers(*vectors.layers)`, or add them to it with `how=add()`.
+    With `distributed` each head's mean output is written at its own layer instead, over the head's own output: write
+    all of them at once with `layers(*vectors.layers)`, or add them to it with `how=add()`.
 
     Raises:
         TvLensError: vectors that `read_heads` did not make, no heads, one of them twice, or one that does not exist.
@@ -69,6 +69,14 @@ def function_vector(
     )
 
 
+def chosen_heads(vectors: TaskVectors) -> tuple[Head, ...]:
+    """The heads whose function vector this is; none if it is something else."""
+    listed = vectors.options.get("chosen", vectors.options.get("heads"))
+    if vectors.method.removeprefix("mean of ") != FunctionVector.name or not isinstance(listed, list):
+        return ()
+    return tuple(Head(*pair) for pair in listed)
+
+
 def _distributed(vectors: TaskVectors, heads: tuple[Head, ...], options: dict[str, Option]) -> TaskVectors:
     layers = tuple(sorted({head.layer for head in heads}))
     values = vectors.values[:, [vectors.layers.index(layer) for layer in layers]].mean(dim=0, keepdim=True)
@@ -83,10 +91,10 @@ class FunctionVector(Method):
     """`function_vector` as a method: of the `heads` heads with the highest average effect on `n_corrupted` of the
     prompts, or of given heads, such as a published list.
 
-    With `known_only` only prompts whose answer's first token the model gets right are used, as in the paper; all of them
-    if there is none. `preselect` is the number of heads, chosen by attribution, whose exact effect is measured; 0 for
-    all heads. `corruptions` is how many times each prompt is corrupted. The vectors' options hold the chosen heads, the
-    share of known prompts and the diagnosis.
+    With `known_only` only prompts whose answer's first token the model gets right are used, as in the paper; all of
+    them if there is none. `preselect` is the number of heads, chosen by attribution, whose exact effect is measured; 0
+    for all heads. `corruptions` is how many times each prompt is corrupted. The vectors' options hold the chosen heads,
+    the share of known prompts and the diagnosis.
 
     Raises:
         TvLensError: no heads, or a count out of range.

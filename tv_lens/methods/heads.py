@@ -174,12 +174,17 @@ def _check(
     if not seeds or len(set(seeds)) < len(seeds):
         raise TvLensError(f"seeds are {list(seeds)}; give at least one, each of them once")
     if heads is None:
-        return tuple(Head(layer, head) for layer in means.layers for head in range(means.n_heads))
+        return all_heads(means)
     chosen = tuple(Head(*pair) for pair in heads)
     if not chosen:
         raise TvLensError("heads are empty; give (layer, head) pairs, or None for all")
     check_heads(chosen, means.layers, means.n_heads, engine.name)
     return chosen
+
+
+def all_heads(vectors: TaskVectors) -> tuple[Head, ...]:
+    """Every head whose output the vectors hold."""
+    return tuple(Head(layer, head) for layer in vectors.layers for head in range(vectors.n_heads))
 
 
 def check_head_vectors(engine: Engine, vectors: TaskVectors) -> None:
@@ -294,6 +299,7 @@ def _attribution(
 def _last_tokens(engine: Engine, tokens: Tokens, past: Past) -> tuple[Tokens, Past]:
     """The last token of every row, after a pass over the others: only that token's computation needs a graph."""
     before = Tokens(tokens.ids[:, :-1], tokens.mask[:, :-1])
-    if not bool(before.mask.any(dim=1).all()):  # a row of one token
+    # A recurrent state is updated in place, which has no gradient; and a row may have one token.
+    if not engine.limits.shares_prefixes or not bool(before.mask.any(dim=1).all()):
         return tokens, past
     return replace(tokens, ids=tokens.ids[:, -1:]), engine.forward(before, past=past, logits=False).past
