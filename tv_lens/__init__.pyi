@@ -20,7 +20,16 @@ from .edits import (
 )
 from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for
 from .errors import EngineError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
-from .evidence.conditions import Condition, Conditions, across_conditions, free_text, occurs, other_template
+from .evidence.conditions import (
+    Condition,
+    Conditions,
+    across_conditions,
+    free_text,
+    occurs,
+    other_template,
+    shuffled_few_shot,
+    zero_shot,
+)
 from .evidence.controls import Control, OtherTask, RandomDirection, RandomHeads, ShuffledDemonstrations
 from .evidence.evaluation import conflict, evaluate, score, sweep_layers
 from .evidence.experiments import run_experiment
@@ -140,10 +149,12 @@ __all__ = [
     "score",
     "show_tokens",
     "shuffle_outputs",
+    "shuffled_few_shot",
     "similarity",
     "starts_with",
     "sweep_layers",
     "top_tokens",
     "tsne",
     "without_demonstrations",
+    "zero_shot",
 ]
