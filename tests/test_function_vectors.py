@@ -4,6 +4,7 @@ line.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,3 +259,26 @@ def test_free_text_has_one_query_and_no_demonstrations() -> None:
     for broken in ("no query", "{input} {input}"):
         with pytest.raises(tv.TvLensError, match="write it once"):
             tv.FreeText(broken)
+
+
+def test_the_page_on_heads_runs(llama: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("top_heads.json").write_text('{"top_heads": [[2, 1], [0, 3]], "top_head_effects": [0.2, 0.1]}')
+    page = (Path(__file__).parents[1] / "docs" / "heads.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python (\w+)\n(.*?)^```$", page, re.M | re.S)
+    assert [name for name, _ in blocks] == [
+        "heads",
+        "attribution",
+        "distributed",
+        "universal",
+        "experiment",
+        "conditions",
+    ]
+    task = tv.Task("upper", tuple("abcdefghijklmnopqrstuvwx"), str.upper)
+    engine = tv.LocalEngine(llama.bridge, progress=False)
+    known: dict[str, Any] = {"model": engine, "task": task}
+    for name, code in blocks:
+        if name == "heads":  # the tiny model knows no answer
+            code = code.replace(", known_only=True", "")
+        exec(code, known)
+        known["effects_of_another_task"] = known["effects"]

@@ -53,9 +53,10 @@ def function_vector(
         return _distributed(vectors, chosen, options)
     engine.require(Capability.PROJECT)
     total = torch.zeros(engine.d_model, dtype=torch.float32, device="cpu")
-    for layer in dict.fromkeys(head.layer for head in chosen):
-        outputs = engine.head_outputs(vectors.at(layer), layer)
-        total += outputs[[head.head for head in chosen if head.layer == layer]].sum(dim=0)
+    with engine.session():
+        for layer in dict.fromkeys(head.layer for head in chosen):
+            outputs = engine.head_outputs(vectors.at(layer), layer)
+            total += outputs[[head.head for head in chosen if head.layer == layer]].sum(dim=0)
     return replace(
         vectors,
         values=repeat(total, "d_model -> 1 layer d_model", layer=engine.n_layers),
