@@ -3,11 +3,11 @@
 python tests/benchmark.py [--model NAME] [--prompts 20] [--shots 5] [--substitutes 4] [--runs 3] [--no-growth]
 
 The *loop* runs whole prompts, left padded with a mask: `run_with_cache` to read everything, `run_with_hooks` once per
-layer to sweep, and the whole text again for each new token. The *floor* is plain Hugging Face on only the positions that
-the work needs, with only the last position's logits. All three take turns in one process and must agree: reads to 1e-4
-of their size, answers exactly. Effects of heads are in `benchmark_heads.py`. Seconds are medians (in the growth table
-the faster of two runs). Memory is the peak of tensors beyond what was allocated before, in a separate run. Times depend
-on the machine; only ratios matter.
+layer to sweep, and the whole text again for each new token. The *floor* is plain Hugging Face on only the positions
+that the work needs, with only the last position's logits. All three take turns in one process and must agree: reads to
+1e-4 of their size, answers exactly. Effects of heads are in `benchmark_heads.py`. Seconds are medians (in the growth
+table the faster of two runs). Memory is the peak of tensors beyond what was allocated before, in a separate run. Times
+depend on the machine; only ratios matter.
 """
 
 from __future__ import annotations

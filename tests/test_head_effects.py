@@ -220,8 +220,8 @@ def test_vectors_of_some_heads_come_back_from_their_file(tmp_path: Path) -> None
     assert (2 * again).heads == again.mean().heads == vectors.heads
     with pytest.raises(tv.TvLensError, match=r"heads L3.H1, L1.H0 and of all do not go together"):
         vectors + tv.TaskVectors(values, "tiny", "t", site=tv.HEADS, layers=(1, 3), n_layers=4, n_heads=2)
-    for heads, message in (([(2, 0)], "head 0 of layer 2 is not one"), ([(1, 2)], "2 heads, 0 to 1")):
+    for head, message in (((2, 0), "head 0 of layer 2 is not one"), ((1, 2), "2 heads, 0 to 1")):
         with pytest.raises(tv.TvLensError, match=message):
-            tv.TaskVectors(values, "tiny", "t", layers=(1, 3), n_layers=4, n_heads=2, heads=heads)  # type: ignore[arg-type]
+            tv.TaskVectors(values, "tiny", "t", layers=(1, 3), n_layers=4, n_heads=2, heads=(tv.Head(*head),))
     with pytest.raises(tv.TvLensError, match="holds no outputs of heads"):
         tv.TaskVectors(values, "tiny", "t").by_head.sum()

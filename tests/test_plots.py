@@ -85,7 +85,11 @@ def test_no_two_series_differ_by_color_alone(name: str) -> None:
 
     def look(each: go.BaseTraceType) -> tuple[object, ...]:
         if each.type == "bar":
-            return "bar", each.marker.pattern.shape, each.marker.color if each.name in ("zero-shot", "patched", "no vector", SHOWN) else ""
+            return (
+                "bar",
+                each.marker.pattern.shape,
+                each.marker.color if each.name in ("zero-shot", "patched", "no vector", SHOWN) else "",
+            )
         return "line", each.mode, each.fill, each.line.dash, each.marker.symbol
 
     assert len({look(each) for each in series}) == len(series)

@@ -373,6 +373,13 @@ def across_tasks(effects: Sequence[HeadEffects]) -> HeadEffects:
     )
 
 
+@dataclass(frozen=True)
+class _List:
+    """A published list of heads: layer, head and perhaps effect of each."""
+
+    top_heads: list[list[int | float]]
+
+
 def published_heads(path: str | Path) -> tuple[Head, ...]:
     """The heads of a published list, in its order: a JSON file that holds `{"top_heads": [[layer, head], ...]}`, or
     just the list, whose entries may have an effect in third position.
@@ -384,7 +391,7 @@ def published_heads(path: str | Path) -> tuple[Head, ...]:
     try:
         content = from_json(read_whole(path))
         listed = content.get("top_heads") if isinstance(content, dict) else content
-        rows = typed(listed, list[list[int | float]])
+        rows = typed({"top_heads": listed}, _List).top_heads
         if not rows or not all(len(row) in (2, 3) and all(isinstance(x, int) for x in row[:2]) for row in rows):
             raise TvLensError("its entries are not [layer, head] or [layer, head, effect]")
     except TvLensError as error:
