@@ -159,7 +159,7 @@ def test_the_mean_state_is_added(llama: Twins) -> None:
 def test_what_cannot_be_run_is_refused(llama: Twins) -> None:
     for options in ({"heads": 0}, {"heads": ()}, {"n_corrupted": 0}, {"corruptions": 0}, {"preselect": -1}):
         with pytest.raises(tv.TvLensError, match="are 1 or more"):
-            FunctionVector(**options)  # type: ignore[arg-type]
+            FunctionVector(**options)
     with pytest.raises(tv.TvLensError, match="5 preselected heads are fewer than the 10 wanted"):
         FunctionVector(preselect=5)
     methods = [FunctionVector(heads=2, distributed=True)]

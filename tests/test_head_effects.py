@@ -185,6 +185,7 @@ def test_published_lists_are_read(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps(content))
         assert tv.published_heads(path) == (tv.Head(15, 2), tv.Head(12, 15))
+    broken: Any
     for broken in ({"heads": []}, [], [[1]], [[1.5, 2]], [["a", "b"]], {"top_heads": {"1": 2}}, "text"):
         path.write_text(json.dumps(broken))
         with pytest.raises(tv.TvLensError, match="heads.json: not a list of heads such as"):

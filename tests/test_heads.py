@@ -184,7 +184,7 @@ def test_attribution_of_probability_is_that_of_its_logarithm_times_it(name: str)
     engine = engine_of(name)
     means = noisy_means(engine)
     one, other = (
-        tv.head_effects(engine, PROMPTS, means, how="attribution", measure=measure)  # type: ignore[arg-type]
+        tv.head_effects(engine, PROMPTS, means, how="attribution", measure=measure)
         for measure in ("probability", "log-probability")
     )
     torch.testing.assert_close(one.values, other.values * other.baseline.exp()[:, None, None], atol=1e-6, rtol=1e-4)
@@ -263,7 +263,7 @@ def test_effects_leave_no_trace() -> None:
     means = noisy_means(engine := tv.LocalEngine(twins.bridge, progress=False))
     state = torch.get_rng_state()
     for how in ("exact", "attribution"):
-        tv.head_effects(engine, PROMPTS, means, how=how)  # type: ignore[arg-type]
+        tv.head_effects(engine, PROMPTS, means, how=how)
     tv.function_vector(engine, means, [(0, 1)])
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())

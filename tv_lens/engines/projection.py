@@ -86,7 +86,7 @@ class Projection:
         if float((parts - whole).norm()) > _TOLERANCE * float(whole.norm()):
             raise UnsupportedError(
                 f"a {type(self.norm).__name__} follows the attention and does more than scale its output, so no head "
-                "has a part of its own; use function_vector(..., distributed=True)"
+                "can be given a part of it; use function_vector(..., distributed=True)"
             )
 
     def _run(self, module: nn.Module, values: Float[Tensor, "row width"]) -> Float[Tensor, "row d_model"]:
