@@ -5,7 +5,7 @@ them; tv_lens; and plain Hugging Face on the fewest positions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -79,11 +79,11 @@ def floor_effects(bridge: TransformerBridge, plain: Any, prompts: Sequence[tv.Pr
 
 def head_effects(
     bridge: TransformerBridge, engine: tv.Engine, plain: Any, prompts: Sequence[tv.Prompt], means: tv.TaskVectors
-) -> list[tuple[str, Callable[[], Any]]]:
-    """The three ways by name."""
+) -> list[tuple[Any, ...]]:
+    """The three ways by name, and for the loop a part of it."""
     mixed, mean = tv.shuffle_outputs(prompts, 0), means.by_head.mean(dim=0)
     return [
         ("tv_lens", lambda: tv.head_effects(engine, prompts, means).values),
-        ("loop", lambda: loop_effects(bridge, mixed, mean)),
+        ("loop", lambda: loop_effects(bridge, mixed, mean), lambda: loop_effects(bridge, mixed[:1], mean[:1, :1])),
         ("floor", lambda: floor_effects(bridge, plain, mixed, mean)),
     ]
