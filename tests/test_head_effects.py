@@ -36,7 +36,7 @@ def effects_of(**changes: Any) -> tv.HeadEffects:
         "prompts": ("p", "q", "r"),
         "answers": ("a", "b", "c"),
         "first_tokens": 3,
-        "few_shot": FewShot(n=30, right=27, probability=0.8),
+        "few_shot": FewShot(n=30, right=27, probability=0.8, majority=1),
         "options": {"corruption": "shuffle_outputs"},
     }
     return tv.HeadEffects(**{**given, **changes})
@@ -98,7 +98,7 @@ def test_heads_without_an_effect_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"few_shot": FewShot(30, 11, 0.8), "answers": ("a", "a", "b")}, "few-shot accuracy .* is 0.37 of 30 prompts"),
+        ({"few_shot": FewShot(30, 11, 0.8, 10)}, "few-shot accuracy .* is 0.37 of 30 prompts, .* answer .0.33."),
         ({"baseline": torch.tensor([-0.3, -0.3, -0.3])}, "permuted outputs hardly hurt: .* 0.741 with them and 0.800"),
         ({"first_tokens": 1}, "all answers begin with the same token"),
         ({"values": VALUES - 0.5}, "no head's effect is above 0 by the simultaneous 95% interval of 4 heads over 3"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -43,12 +42,13 @@ FORMAT = 1
 @dataclass(frozen=True)
 class FewShot:
     """How the model does on the uncorrupted prompts: for how many of `n` the first token of the answer is the most
-    likely one, and the answer's mean probability.
+    likely one, and the answer's mean probability. `majority` is how many have the most frequent answer.
     """
 
     n: int
     right: int
     probability: float
+    majority: int
 
     @property
     def accuracy(self) -> float:
@@ -195,17 +195,16 @@ class HeadEffects:
     def _few_shot_text(self) -> str:
         from scipy.stats import binomtest
 
-        if self.few_shot is None or not self.answers:
+        known = self.few_shot
+        if known is None:
             return ""
-        [(label, count)] = Counter(self.answers).most_common(1)
-        share = count / len(self.answers)
-        better = binomtest(self.few_shot.right, self.few_shot.n, min(share, 1.0), alternative="greater").pvalue < 0.05
-        if better:
+        share = known.majority / known.n
+        if binomtest(known.right, known.n, share, alternative="greater").pvalue < 0.05:
             return ""
         return (
-            f"few-shot accuracy (first token) is {self.few_shot.accuracy:.2f} of {self.few_shot.n} prompts, not above "
-            f"the share of the most frequent answer ({label!r}, {share:.2f}): the model may not do this task; try more "
-            "shots, another template or a larger model"
+            f"few-shot accuracy (first token) is {known.accuracy:.2f} of {known.n} prompts, not above the share of the "
+            f"most frequent answer ({share:.2f}): the model may not do this task; try more shots, another template or a "
+            "larger model"
         )
 
     def _corruption_text(self) -> str:

@@ -77,7 +77,7 @@ class _Run:
                 self.done.update(rows)
 
     # A separate method, so that a part's past is freed before the next one is made.
-    def run_part(  # noqa: PLR0913 - what `start` needs
+    def run_part(
         self, rows: list[int], batch: Batch, part: Part, prefix: Tokens | None, past: Past, is_last: bool
     ) -> None:
         tokens, start = self.start(batch, part, prefix, past, is_last)

@@ -6,6 +6,7 @@ token that continues it: `layers x heads` rows per prompt, many in a pass.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import FunctionType
@@ -41,7 +42,8 @@ def read_heads(model: Model, prompts: Sequence[Prompt], *, known_only: bool = Fa
     the shape (prompt, layer, head, d_head), and `mean()` is what `head_effects` and `function_vector` use.
 
     If all prompts have answers, `options` say how the model does: for how many of `n` prompts the first token of the
-    answer is the most likely one (`right`), and its mean `probability`. With `known_only` only these prompts' outputs
+    answer is the most likely one (`right`), its mean `probability`, and how many have the most frequent answer
+    (`majority`). With `known_only` only these prompts' outputs
     are kept, as in the paper, and `kept` is their share.
 
     Raises:
@@ -72,7 +74,8 @@ def read_heads(model: Model, prompts: Sequence[Prompt], *, known_only: bool = Fa
     options: dict[str, Option] = {"site": HEADS.name, "positions": "last"}
     if has_answers:
         probability = float(logprobs.exp().mean())
-        options |= {"n": len(prompts), "right": int(right.sum()), "probability": probability}
+        [(_, majority)] = Counter(prompt.answer for prompt in prompts).most_common(1)
+        options |= {"n": len(prompts), "right": int(right.sum()), "probability": probability, "majority": majority}
     kept = list(range(len(prompts)))
     if known_only:
         kept = right.nonzero().flatten().tolist()
@@ -200,10 +203,11 @@ def check_head_vectors(engine: Engine, vectors: TaskVectors) -> None:
 
 
 def _few_shot(means: TaskVectors) -> FewShot | None:
-    n, right, probability = (means.options.get(name) for name in ("n", "right", "probability"))
-    if not (isinstance(n, int) and isinstance(right, int) and isinstance(probability, float)):
-        return None
-    return FewShot(n, right, probability)
+    n, right, majority = (means.options.get(name) for name in ("n", "right", "majority"))
+    probability = means.options.get("probability")
+    if isinstance(n, int) and isinstance(right, int) and isinstance(majority, int) and isinstance(probability, float):
+        return FewShot(n, right, probability, majority)
+    return None
 
 
 def _targets(engine: Engine, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> Int[Tensor, " row"]:
