@@ -203,8 +203,8 @@ class HeadEffects:
             return ""
         return (
             f"few-shot accuracy (first token) is {known.accuracy:.2f} of {known.n} prompts, not above the share of the "
-            f"most frequent answer ({share:.2f}): the model may not do this task; try more shots, another template or a "
-            "larger model"
+            f"most frequent answer ({share:.2f}): the model may not do this task; try more shots, another template or "
+            "a larger model"
         )
 
     def _corruption_text(self) -> str:

@@ -43,8 +43,8 @@ def read_heads(model: Model, prompts: Sequence[Prompt], *, known_only: bool = Fa
 
     If all prompts have answers, `options` say how the model does: for how many of `n` prompts the first token of the
     answer is the most likely one (`right`), its mean `probability`, and how many have the most frequent answer
-    (`majority`). With `known_only` only these prompts' outputs
-    are kept, as in the paper, and `kept` is their share.
+    (`majority`). With `known_only` only the outputs of prompts that are answered right are kept, as in the paper, and
+    `kept` is their share.
 
     Raises:
         TvLensError: no prompts, a model without attention heads, or `known_only` and no prompt that is answered right.
