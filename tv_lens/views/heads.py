@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 
 from tv_lens.edits import Head
 from tv_lens.evidence.conditions import PLAIN, Conditions
@@ -12,11 +13,11 @@ from tv_lens.views.drawing import COLORS, LOOKS, PATTERNS, accuracy_axis, bars, 
 
 def plot_head_effects(effects: HeadEffects, *, mark: int = 10) -> go.Figure:
     """Average effects as a heat map, layers from bottom to top, blue below 0 and orange above. The `mark` highest are
-    numbered by rank, and a dot marks each other head whose effect is above 0 by the simultaneous 95% interval.
+    numbered by rank; + and - mark the other heads whose effect is above or below 0 by the simultaneous 95% interval.
     """
     means, ranks = effects.mean(), {head: i + 1 for i, head in enumerate(effects.top(min(mark, len(effects.heads))))}
     low, high = effects.interval() if len(effects) > 1 else (means * math.nan, means * math.nan)
-    significant, n_heads = set(effects.significant), means.shape[1]
+    signs, n_heads = _signs(effects), means.shape[1]
     every = [[Head(layer, head) for head in range(n_heads)] for layer in effects.layers]
     most = float(means.nan_to_num().abs().max()) or 1.0
     figure = new_figure(
@@ -30,7 +31,7 @@ def plot_head_effects(effects: HeadEffects, *, mark: int = 10) -> go.Figure:
         zmin=-most,
         zmax=most,
         colorscale=[[0, COLORS[0]], [0.5, "#FFFFFF"], [1, COLORS[5]]],
-        text=[[_label(head, ranks, significant) for head in row] for row in every],
+        text=[[str(ranks[head]) if head in ranks else signs.get(head, "") for head in row] for row in every],
         texttemplate="%{text}",
         textfont={"size": 11, "color": "#000000"},
         customdata=[
@@ -46,18 +47,33 @@ def plot_head_effects(effects: HeadEffects, *, mark: int = 10) -> go.Figure:
     figure.update_layout(height=190 + 17 * len(effects.layers), width=max(560, 300 + 30 * n_heads))
     figure.update_xaxes(title="head", dtick=max(1, math.ceil(n_heads / 32)), showgrid=False)
     figure.update_yaxes(title="layer", dtick=max(1, math.ceil(len(effects.layers) / 32)), showgrid=False)
-    for text in effects.diagnosis[:1]:
+    if effects.diagnosis:
+        lines = textwrap.wrap(f"Note: {'; '.join(effects.diagnosis)}.", width=max(80, 40 + 5 * n_heads))
+        figure.update_layout(margin_b=80 + 14 * len(lines), height=figure.layout.height + 14 * len(lines))
         figure.add_annotation(
-            text=plain(f"Note: {text[:110]}{'...' if len(text) > 110 else ''}"),
-            x=0, y=-0.02, xref="paper", yref="paper", yshift=-48, xanchor="left", showarrow=False, font={"size": 10},
-        )  # fmt: skip
+            text="<br>".join(map(plain, lines)),
+            x=0,
+            y=0,
+            xref="paper",
+            yref="paper",
+            yshift=-58,
+            xanchor="left",
+            yanchor="top",
+            align="left",
+            showarrow=False,
+            font={"size": 10},
+        )
     return figure
 
 
-def _label(head: Head, ranks: dict[Head, int], significant: set[Head]) -> str:
-    if head in ranks:
-        return str(ranks[head])
-    return "\u00b7" if head in significant else ""
+def _signs(effects: HeadEffects) -> dict[Head, str]:
+    """The sign of each effect that is not 0 by the simultaneous interval."""
+    if len(effects) < 2:
+        return {}
+    low, high = effects.interval(simultaneous=True)
+    cells = {head: (effects.layers.index(head.layer), head.head) for head in effects.heads}
+    above = {head: "+" for head, cell in cells.items() if float(low[cell]) > 0}
+    return above | {head: "-" for head, cell in cells.items() if float(high[cell]) < 0}
 
 
 def plot_conditions(conditions: Conditions) -> go.Figure:
