@@ -5,8 +5,9 @@ python tests/benchmark.py [--model NAME] [--prompts 20] [--shots 5] [--substitut
 The *loop* runs whole prompts, left padded with a mask: `run_with_cache` to read everything, `run_with_hooks` once per
 layer to sweep, and the whole text again for each new token. The *floor* is plain Hugging Face on only the positions
 that the work needs, with only the last position's logits. All three take turns in one process and must agree: reads to
-1e-4 of their size, answers exactly. Seconds are medians (in the growth table the faster of two runs). Memory is the
-peak of tensors beyond what was allocated before, in a separate run. Times depend on the machine; only ratios matter.
+1e-4 of their size, answers exactly. Effects of heads are in `benchmark_heads.py`. Seconds are medians (in the growth
+table the faster of two runs). Memory is the peak of tensors beyond what was allocated before, in a separate run. Times
+depend on the machine; only ratios matter.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from benchmark_heads import head_effects
 from einops import reduce
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -59,10 +61,13 @@ class Bench:
 
 
 class Way(NamedTuple):
-    """One way to do the work, and what came out in a form that can be compared."""
+    """One way to do the work, and what came out in a form that can be compared. `part` is a part of it that takes as
+    much memory, if the profiler could not follow all of it.
+    """
 
     name: str
     run: Callable[[], Any]
+    part: Callable[[], Any] | None = None
 
 
 # The notebook loop
@@ -259,7 +264,8 @@ def compare(title: str, bench: Bench, ways: Sequence[Way], runs: int) -> None:
         ratio = "" if way.name == "tv_lens" else f"{median / ours:.1f}x faster" if way.name == "loop" else ""
         if way.name == "floor":
             ratio = f"{ours / median:.2f}x its time"
-        print(f"{way.name:10}{median:9.2f}{ratio:>16}{positions(bench, way.run):11,}{peak_memory(way.run):12,.0f}")
+        memory = peak_memory(way.part or way.run)
+        print(f"{way.name:10}{median:9.2f}{ratio:>16}{positions(bench, way.run):11,}{memory:12,.0f}")
 
 
 def check_same(ours: Any, loop: Any) -> None:
@@ -330,6 +336,8 @@ def main() -> None:
     parser.add_argument("--substitutes", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--effect-prompts", type=int, default=2, help="prompts for the effects of heads")
+    parser.add_argument("--only-effects", action="store_true", help="leave out everything but the effects of heads")
     parser.add_argument("--no-growth", action="store_true", help="leave out how it grows with each size")
     options = parser.parse_args()
 
@@ -357,11 +365,16 @@ def main() -> None:
         f"{bridge.cfg.model_name}, {task.name}, {options.prompts} prompts of {options.shots} shots, "
         f"{options.threads} threads, torch {torch.__version__}, median of {options.runs} runs"
     )
-    compare(f"extraction, {options.substitutes} substitutes", bench, extraction(bench), options.runs)
-    compare(f"sweep, {len(bench.layers)} layers, first token", bench, sweep(bench, vectors), options.runs)
-    compare(f"patched generation, {NEW} tokens", bench, generation(bench, vectors, middle), options.runs)
-    compare("run_experiment, one task, 10 dev and 10 test prompts", bench, experiment(bench, 10, options.shots), 1)
-    if options.no_growth:
+    if not options.only_effects:
+        compare(f"extraction, {options.substitutes} substitutes", bench, extraction(bench), options.runs)
+        compare(f"sweep, {len(bench.layers)} layers, first token", bench, sweep(bench, vectors), options.runs)
+        compare(f"patched generation, {NEW} tokens", bench, generation(bench, vectors, middle), options.runs)
+        compare("run_experiment, one task, 10 dev and 10 test prompts", bench, experiment(bench, 10, options.shots), 1)
+    ten_shots = task.sample(options.effect_prompts, shots=10, seed=0, template=tv.PAPER)
+    means = tv.read_heads(engine, ten_shots).mean()
+    title = f"effects of all {len(means.layers) * means.n_heads} heads, {len(ten_shots)} prompts of 10 shots"
+    compare(title, bench, [Way(*each) for each in head_effects(bridge, engine, plain, ten_shots, means)], 1)
+    if options.no_growth or options.only_effects:
         return
 
     print(f"\nhow it grows{'':18}{'tv_lens s':>10}{'loop s':>8}{'ratio':>7}{'positions':>11}{'loop':>9}")

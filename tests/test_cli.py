@@ -385,3 +385,26 @@ def test_an_interrupted_run_exits_with_130_and_resumes(
             json.loads(path.read_bytes())
     assert 1 <= len(list(folder.glob("task-*.json"))) < len(names)
     assert as_json(capsys, *args, "--folder", str(folder)) == as_json(capsys, *args)
+
+
+def test_heads_are_head_effects(capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path) -> None:
+    files = {name: str(tmp_path / f"{name}.{kind}") for name, kind in (("save", "safetensors"), ("plot", "html"))}
+    files["vector"] = str(tmp_path / "v.safetensors")
+    written = [text for name, path in files.items() for text in (f"--{name}", path)]
+    drawn = ["--prompts", "4", "--shots", "3", "--seed", "2", "--model", tiny.folder, "--quiet", "--top", "3"]
+    actual = as_json(capsys, "heads", pairs, *drawn, *written)
+    task = tv.Task.from_file(pairs)
+    prompts = task.sample(4, shots=3, seed=2)
+    read = tv.read_heads(tiny.twins.bridge, prompts)
+    effects = tv.head_effects(tiny.twins.bridge, prompts, read, seeds=[2])
+    assert actual["top_heads"] == [list(head) for head in effects.top(3)]
+    assert [row["effect"] for row in actual["heads"]] == pytest.approx([effects.at(head) for head in effects.top(3)])
+    assert actual["diagnosis"] == list(effects.diagnosis)
+    assert (tv.HeadEffects.load(files["save"]).values - effects.values).abs().max() < 1e-5
+    vector = tv.function_vector(tiny.twins.bridge, read, effects.top(3))
+    assert (tv.TaskVectors.load(files["vector"]).values - vector.values).abs().max() < 1e-4
+    assert "heatmap" in Path(files["plot"]).read_text(encoding="utf-8")
+    code, out, _ = call(capsys, "heads", pairs, *drawn, "--attribution", "--log-probability")
+    assert (code, "change of log-probability" in out, "attribution" in out, "\nnote: " in out) == (0, True, True, True)
+    code, _, err = call(capsys, "heads", pairs, *drawn, "--save", str(tmp_path / "x.json"))
+    assert (code, ".safetensors" in err) == (2, True)

@@ -18,6 +18,12 @@ PROMPTS = TASK.sample(4, shots=2, seed=0)
 SUBSTITUTES = TASK.substitutes(PROMPTS, 2, seed=0)
 
 CALLS: dict[str, Callable[[Any, tv.TaskVectors], Any]] = {
+    "read_heads": lambda model, vectors: tv.read_heads(model, PROMPTS),
+    "head_effects": lambda model, vectors: tv.head_effects(model, PROMPTS, tv.read_heads(model, PROMPTS)),
+    "attribution": lambda model, vectors: tv.head_effects(
+        model, PROMPTS, tv.read_heads(model, PROMPTS), how="attribution"
+    ),
+    "function_vector": lambda model, vectors: tv.function_vector(model, tv.read_heads(model, PROMPTS), [(0, 1)]),
     "extract": lambda model, vectors: tv.extract(model, PROMPTS, SUBSTITUTES),
     "extract_across": lambda model, vectors: tv.extract_across(model, PROMPTS),
     "generate": lambda model, vectors: tv.generate(model, PROMPTS, max_new_tokens=3),

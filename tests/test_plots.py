@@ -41,6 +41,8 @@ ROWS = (([0, 1], EVIL), ([1, 2, 2], "b"), ([0], "c"))
 ALIKE = tv.compare_tasks([TaskVectors(torch.eye(3)[rows, None], "tiny", name) for rows, name in ROWS], 0)
 MAP = tv.map_vectors([TaskVectors(torch.eye(4)[:3, None], "m", EVIL), TaskVectors(torch.eye(4)[3:, None], "m", "b")], 0)
 TOKENS = TopTokens(EVIL, 3, (("a", "b\n"), ("\ufffd", "\ufffd")), ((7, 8), (9, 10)), ((0.5, 0.25), (0.75, 0.125)))
+EFFECTS = tv.HeadEffects(torch.eye(2)[None].repeat(3, 1, 1), torch.zeros(3), "m", EVIL, (0, 1), 2)
+CONDITIONS = tv.Conditions({EVIL: {"no vector": score_of(1), EVIL: score_of(5), "other": score_of(3)}})
 
 FIGURES = {
     "sweep": lambda: SWEEP.plot(zero_shot=score_of(1), few_shot=score_of(9)),
@@ -51,6 +53,8 @@ FIGURES = {
     "similarities": lambda: ALIKE.plot(),
     "map": lambda: MAP.plot(),
     "tokens": lambda: TOKENS.plot(),
+    "heads": lambda: EFFECTS.plot(),
+    "conditions": lambda: CONDITIONS.plot(),
 }
 
 
@@ -81,7 +85,11 @@ def test_no_two_series_differ_by_color_alone(name: str) -> None:
 
     def look(each: go.BaseTraceType) -> tuple[object, ...]:
         if each.type == "bar":
-            return "bar", each.marker.pattern.shape, each.marker.color if each.name in ("zero-shot", "patched") else ""
+            return (
+                "bar",
+                each.marker.pattern.shape,
+                each.marker.color if each.name in ("zero-shot", "patched", "no vector", SHOWN) else "",
+            )
         return "line", each.mode, each.fill, each.line.dash, each.marker.symbol
 
     assert len({look(each) for each in series}) == len(series)

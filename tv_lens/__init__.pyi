@@ -9,6 +9,7 @@ from .edits import (
     RESID_POST,
     Edit,
     Edits,
+    Head,
     Layers,
     Patch,
     Site,
@@ -19,19 +20,33 @@ from .edits import (
 )
 from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for
 from .errors import EngineError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
-from .evidence.controls import Control, OtherTask, RandomDirection, ShuffledDemonstrations, shuffle_outputs
+from .evidence.conditions import (
+    Condition,
+    Conditions,
+    across_conditions,
+    free_text,
+    occurs,
+    other_template,
+    shuffled_few_shot,
+    zero_shot,
+)
+from .evidence.controls import Control, OtherTask, RandomDirection, RandomHeads, ShuffledDemonstrations
 from .evidence.evaluation import conflict, evaluate, score, sweep_layers
 from .evidence.experiments import run_experiment
 from .evidence.results import Conflict, Evaluation, Experiment, Score, Sweep, TaskResult, mcnemar
 from .evidence.settings import Settings
 from .generation import Completions, generate, greedy, patch_generate, patched_logits, sample
 from .geometry import Similarities, VectorMap, compare_tasks, map_vectors, pca, similarity, tsne
+from .heads import FewShot, HeadEffects, across_tasks, published_heads
 from .inspection import TokenTable, show_tokens
 from .methods.base import Method
 from .methods.extraction import AcrossPrompts, Extraction, extract, extract_across
-from .prompts import PAPER, ChatTemplate, Example, PlainText, Prompt, PromptFormat, Template
+from .methods.function_vectors import FunctionVector, MeanState, function_vector
+from .methods.heads import head_effects, read_heads
+from .prompts import PAPER, ChatTemplate, Example, FreeText, PlainText, Prompt, PromptFormat, Template
 from .provenance import Provenance
 from .readout import TopTokens, top_tokens
+from .shuffling import shuffle_outputs, without_demonstrations
 from .tasks.contrast import ContrastivePairs, contrastive_library
 from .tasks.library import library
 from .tasks.rules import Rule, exact_match, starts_with
@@ -49,6 +64,8 @@ __all__ = [
     "AcrossPrompts",
     "ChatTemplate",
     "Completions",
+    "Condition",
+    "Conditions",
     "Conflict",
     "ContrastivePairs",
     "Control",
@@ -61,8 +78,14 @@ __all__ = [
     "Example",
     "Experiment",
     "Extraction",
+    "FewShot",
+    "FreeText",
+    "FunctionVector",
+    "Head",
+    "HeadEffects",
     "Layers",
     "LocalEngine",
+    "MeanState",
     "Method",
     "MissingExtraError",
     "OtherTask",
@@ -72,6 +95,7 @@ __all__ = [
     "PromptFormat",
     "Provenance",
     "RandomDirection",
+    "RandomHeads",
     "RemoteEngine",
     "Rule",
     "Score",
@@ -92,6 +116,8 @@ __all__ = [
     "UnsupportedError",
     "VectorMap",
     "Write",
+    "across_conditions",
+    "across_tasks",
     "add",
     "answer_logprobs",
     "compare_tasks",
@@ -105,24 +131,34 @@ __all__ = [
     "extract",
     "extract_across",
     "first_token",
+    "free_text",
+    "function_vector",
     "generate",
     "greedy",
+    "head_effects",
     "layers",
     "library",
     "map_vectors",
     "mcnemar",
+    "occurs",
+    "other_template",
     "overwrite",
     "patch_generate",
     "patched_logits",
     "pca",
+    "published_heads",
+    "read_heads",
     "run_experiment",
     "sample",
     "score",
     "show_tokens",
     "shuffle_outputs",
+    "shuffled_few_shot",
     "similarity",
     "starts_with",
     "sweep_layers",
     "top_tokens",
     "tsne",
+    "without_demonstrations",
+    "zero_shot",
 ]

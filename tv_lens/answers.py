@@ -99,14 +99,14 @@ def answer_logprobs(  # noqa: PLR0913 - its options are keywords
         EngineError: the model's logits are NaN or infinite.
     """
     engine, given = engine_for(model), as_prompts(prompts)
-    expected = _expected(given, answers)
+    expected = expected_answers(given, answers)
     placement = Placement(how, positions, keep_demonstrations)
     if vectors is not None:
         given = placement.prompts(given)
         check_vectors(engine, vectors, len(given))
     ids = encode(engine, given, 1)
     targets = [
-        _answer_ids(engine, prompt, own, answer, i)
+        answer_ids(engine, prompt, own, answer, i)
         for i, (prompt, own, answer) in enumerate(zip(given, ids, expected, strict=True))
     ]
     new_tokens = max(map(len, targets)) - 1
@@ -127,7 +127,8 @@ def answer_logprobs(  # noqa: PLR0913 - its options are keywords
     return logprobs
 
 
-def _expected(prompts: Sequence[Prompt], answers: Sequence[str] | None) -> list[str]:
+def expected_answers(prompts: Sequence[Prompt], answers: Sequence[str] | None) -> list[str]:
+    """The answers given, or the prompts' own; an error if a prompt has none."""
     if isinstance(answers, str) or (answers is not None and len(answers) != len(prompts)):
         raise TvLensError(f"answers are {answers!r:.80} for {len(prompts)} prompts; give a list with one for each")
     expected = [prompt.answer for prompt in prompts] if answers is None else list(answers)
@@ -139,15 +140,15 @@ def _expected(prompts: Sequence[Prompt], answers: Sequence[str] | None) -> list[
     return known
 
 
-def _answer_ids(engine: Engine, prompt: Prompt, ids: Sequence[int], answer: str, number: int) -> list[int]:
+def answer_ids(engine: Engine, prompt: Prompt, ids: Sequence[int], answer: str, number: int) -> list[int]:
     """The answer's tokens after the prompt's, which stay as they are."""
     text = prompt.template.continuation(prompt.query, answer)
     whole = engine.text.to_ids(prompt.text + text)
     # A tokenizer may merge the end of the prompt with the answer, which no generation would do.
-    answer_ids = whole[len(ids) :] if whole[: len(ids)] == list(ids) else engine.text.piece_ids(text)
-    if not answer or not answer_ids:
+    chosen = whole[len(ids) :] if whole[: len(ids)] == list(ids) else engine.text.piece_ids(text)
+    if not answer or not chosen:
         raise TvLensError(f"prompt {number}: the answer {answer!r} has no tokens")
-    return answer_ids
+    return chosen
 
 
 def _forced(

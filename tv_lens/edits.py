@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from einops import repeat
@@ -53,6 +53,16 @@ MLP_OUT = Site("mlp_out", "blocks.{layer}.mlp.hook_out", "blocks.{layer}.mlp.hoo
 # The heads' outputs, before the output projection.
 HEADS = Site("heads", "blocks.{layer}.attn.hook_z", per_head=True)
 SITES = {site.name: site for site in (RESID_POST, ATTN_OUT, MLP_OUT, HEADS)}
+
+
+class Head(NamedTuple):
+    """An attention head: its layer, and its number in it."""
+
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.H{self.head}"
 
 
 @dataclass(frozen=True, eq=False)

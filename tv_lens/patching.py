@@ -6,11 +6,12 @@ All checks of what a caller passes are made here, before the model runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import TypeAlias
 
 import torch
+from einops import rearrange
 
 from tv_lens.edits import Edit, Edits, Layers, Positions, Write
 from tv_lens.engines import Capability, Engine
@@ -96,8 +97,15 @@ def edits_for(
         for (position, every_step), rows in rows_at.items():
             chosen = rows if members is None else [row for row in rows if row in members]
             if chosen:
-                edits.append(_edit(vectors, number, chosen, position, every_step, write))
+                edit = _edit(vectors, number, chosen, position, every_step, write)
+                edits += _by_head(edit, vectors) if vectors.heads else [edit]
     return Edits(edits)
+
+
+def _by_head(edit: Edit, vectors: TaskVectors) -> list[Edit]:
+    """The same write, into the heads of its layer that the vectors name and no others."""
+    by_head = rearrange(edit.value, "row (head d_head) -> head row d_head", head=vectors.n_heads)
+    return [replace(edit, value=by_head[head], head=head) for layer, head in vectors.heads if layer == edit.layer]
 
 
 def _edit(vectors: TaskVectors, layer: int, rows: Sequence[int], position: int, every_step: bool, write: Write) -> Edit:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tv_lens.edits import RESID_POST, SITES, Op, Site
+from tv_lens.edits import RESID_POST, SITES, Head, Op, Site
 from tv_lens.errors import TvLensError
 from tv_lens.files import from_json, to_json, typed
 from tv_lens.prompts import format_from_dict
@@ -41,6 +41,8 @@ class Content:
     op: Op
     layers: tuple[int, ...]
     n_layers: int
+    n_heads: int = 0
+    heads: tuple[Head, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class _Header:
     options: dict[str, Option] = field(default_factory=dict)
     bos: str | None = None
     terms: tuple[Term, ...] = ()
+    n_heads: int = 0
+    heads: tuple[tuple[int, int], ...] = ()
     sha256: str | None = None
 
 
@@ -78,6 +82,8 @@ def encode(content: Content) -> bytes:
         "layers": content.layers,
         "n_layers": content.n_layers,
     }
+    if content.n_heads:
+        header |= {"n_heads": content.n_heads, "heads": [list(head) for head in content.heads]}
     header["sha256"] = _digest(header, content.values)
     # One entry: safetensors would write several in another order each time.
     metadata = {"tv_lens": to_json(header).decode()}
@@ -129,7 +135,9 @@ def read(path: Path) -> Content:
         versions=header.versions,
         terms=header.terms,
     )
-    return Content(values, provenance, SITES[header.site], header.op, header.layers, header.n_layers)
+    heads = tuple(Head(*pair) for pair in header.heads)
+    layout = (SITES[header.site], header.op, header.layers, header.n_layers, header.n_heads, heads)
+    return Content(values, provenance, *layout)
 
 
 def _header(raw: Any) -> _Header:

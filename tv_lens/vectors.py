@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from tv_lens.display import html_table
-from tv_lens.edits import RESID_POST, Op, Site
+from tv_lens.edits import RESID_POST, Head, Op, Site
 from tv_lens.errors import TvLensError
 from tv_lens.files import write_whole
 from tv_lens.prompts import PromptFormat
@@ -32,6 +33,9 @@ class TaskVectors:
     `values[i, j]` belongs to prompt `i` and layer `layers[j]`, which is every layer unless the method made vectors for
     some only; float32, on the CPU, in the units of the `site` they are written to. `op` is how they are meant to be
     written: hidden states overwrite ("set"), differences and learned vectors are added ("add").
+
+    At a per-head site the vectors are the outputs of `n_heads` heads one after the other. If `heads` lists (layer,
+    head) pairs, only these heads are written and all others are left as they are.
 
     Vectors of one model can be added, subtracted and multiplied by a number. The result names everything it was made
     of: `task` and `method` hold the formula, `prompts` and `substitutes` those of both sides, and what the sides do not
@@ -63,6 +67,8 @@ class TaskVectors:
     options: Mapping[str, Option] = field(default_factory=dict, kw_only=True)
     bos: str | None = field(default=None, kw_only=True)
     terms: tuple[Term, ...] = field(default=(), kw_only=True)
+    n_heads: int = field(default=0, kw_only=True)
+    heads: tuple[Head, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if self.values.ndim != 3 or not len(self.values):
@@ -84,6 +90,9 @@ class TaskVectors:
                 f"{self.values.shape[1]} layers of values for the layers {_short_list(self.layers)} of "
                 f"{self.n_layers}; give each layer's number once"
             )
+        object.__setattr__(self, "heads", tuple(Head(*pair) for pair in self.heads))
+        if self.heads:
+            check_heads(self.heads, self.layers, self.n_heads, self.model)
         broken = (~self.values.isfinite()).any(dim=-1).nonzero()
         if len(broken):
             prompt, index = broken[0].tolist()
@@ -101,6 +110,28 @@ class TaskVectors:
             f"TaskVectors({self.task!r} of {self.model}: {len(self)} prompts, {len(self.layers)} layers, "
             f"d_model {self.width}, {self.method}{site})"
         )
+
+    @property
+    def by_head(self) -> Float[Tensor, "prompt layer head d_head"]:
+        """The vectors of a per-head site, one for each head.
+
+        Raises:
+            TvLensError: vectors of another site.
+        """
+        if not self.n_heads:
+            raise TvLensError(f"{self!r} holds no outputs of heads; read_heads(model, prompts) reads them")
+        return rearrange(
+            self.values, "prompt layer (head d_head) -> prompt layer head d_head", head=self.n_heads
+        ).clone()
+
+    @property
+    def written(self) -> Float[Tensor, "layer width"]:
+        """1 at the components that are written, 0 at those of heads that are not in `heads`."""
+        written = torch.full(self.values.shape[1:], float(not self.heads), dtype=torch.float32, device="cpu")
+        for layer, head in self.heads:
+            width = self.width // self.n_heads
+            written[self.layers.index(layer), head * width : (head + 1) * width] = 1
+        return written
 
     @property
     def width(self) -> int:
@@ -265,7 +296,8 @@ class TaskVectors:
         write_whole(path, self._content())
 
     def _content(self) -> bytes:
-        return encode(Content(self.values, self.provenance, self.site, self.op, self.layers, self.n_layers))
+        layout = (self.site, self.op, self.layers, self.n_layers, self.n_heads, self.heads)
+        return encode(Content(self.values, self.provenance, *layout))
 
     @classmethod
     def load(cls, path: str | Path) -> TaskVectors:
@@ -295,6 +327,8 @@ class TaskVectors:
                 options=source.options,
                 bos=source.bos,
                 terms=source.terms,
+                n_heads=content.n_heads,
+                heads=content.heads,
             )
         except TvLensError as error:
             raise TvLensError(f"{path}: {error}") from error
@@ -343,6 +377,11 @@ class TaskVectors:
                 f"vectors of {self.site} for layers {_short_list(self.layers)} and of {other.site} for layers "
                 f"{_short_list(other.layers)} do not go together; make both for the same site and layers"
             )
+        if self.heads != other.heads:
+            raise TvLensError(
+                f"vectors of the heads {_heads_text(self.heads)} and of {_heads_text(other.heads)} do not go together; "
+                "make both for the same heads"
+            )
 
     def check_fits(self, model: str, n_layers: int, width: int) -> None:
         """Raise TvLensError if the vectors cannot be of that model: another depth or another width."""
@@ -351,6 +390,23 @@ class TaskVectors:
                 f"these vectors were read from {self.model} ({self.n_layers} layers, d_model {self.width}) and "
                 f"{model} has {n_layers} layers, d_model {width}; extract them from the model they are used on"
             )
+
+
+def check_heads(heads: Sequence[Head], layers: Sequence[int], n_heads: int, model: str) -> None:
+    """Raise TvLensError unless these are different heads of the model, in layers that have heads."""
+    for pair in heads:
+        if pair.layer not in layers or not 0 <= pair.head < n_heads:
+            raise TvLensError(
+                f"head {pair.head} of layer {pair.layer} is not one of {model}: it has {n_heads} heads, 0 to "
+                f"{n_heads - 1}, in the layers {_short_list(layers)}"
+            )
+    if len(set(heads)) < len(heads):
+        raise TvLensError(f"a head is listed twice: {_heads_text(heads)}")
+
+
+def _heads_text(heads: Sequence[Head]) -> str:
+    shown = ", ".join(str(head) for head in heads[:12])
+    return f"{shown}, ..." if len(heads) > 12 else shown or "all"
 
 
 def depth(layer: int, n_layers: int) -> float:

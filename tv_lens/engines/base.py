@@ -37,6 +37,7 @@ class Capability(Enum):
     CONTINUE = "generate more than one token"
     GRADIENTS = "give gradients"
     READOUT = "read vectors through the model's unembedding"
+    PROJECT = "project the outputs of attention heads into the residual stream"
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +158,14 @@ class Engine(ABC):
         unembedding; on the CPU.
         """
         raise UnsupportedError(self.cannot(Capability.READOUT))
+
+    def head_outputs(self, heads: Float[Tensor, "row width"], layer: int) -> Float[Tensor, "head d_model"]:
+        """What each attention head of a layer adds to the residual stream, mean over rows: its output through the
+        output projection, without the projection's bias, and through the scale of a norm that follows; on the CPU.
+
+        `heads` are the outputs of all heads of the layer, as read from `HEADS`.
+        """
+        raise UnsupportedError(self.cannot(Capability.PROJECT))
 
     def layers_of(self, site: Site) -> tuple[int, ...]:
         """The layers that have the site; all of them unless the engine says otherwise."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from tv_lens.edits import ATTN_OUT, MLP_OUT, RESID_POST, SITES, Site
@@ -23,6 +24,7 @@ from tv_lens.engines.drivers import (
     generation_end_ids,
     is_recurrent,
 )
+from tv_lens.engines.projection import Projection
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _CONTEXT_NAMES = (
@@ -157,3 +159,21 @@ def head_shape(bridge: TransformerBridge, layers: Iterable[int]) -> tuple[int, i
             return int(bridge.cfg.n_heads), int(config_of(bridge).get("v_head_dim") or bridge.cfg.d_head)
         return int(n_heads), int(d_head)
     return 0, 0
+
+
+def projection_of(bridge: TransformerBridge, layer: int, n_heads: int) -> Projection:
+    """How the outputs of a layer's heads get into the residual stream."""
+    block = bridge.blocks[layer]
+    linear = block.attn.o.original_component
+    has_norm = f"blocks.{layer}.ln1_post.hook_out" in bridge.hook_dict
+    weights = [parameter for parameter in linear.parameters() if parameter.is_floating_point()]
+    device = next((each.device for each in linear.parameters()), torch.device("cpu"))
+    return Projection(
+        linear=linear,
+        norm=block.ln1_post.original_component if has_norm else None,
+        multiplier=float(config_of(bridge).get("residual_multiplier") or 1.0),
+        n_heads=n_heads,
+        dtype=weights[0].dtype if weights else bridge.cfg.dtype,
+        # Offloaded weights are on no device until their module is called.
+        device=torch.device(bridge.cfg.device or "cpu") if device.type == "meta" else device,
+    )

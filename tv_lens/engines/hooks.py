@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -25,24 +25,25 @@ class _Step:
     columns: Int[Tensor, " cell"]
     values: Float[Tensor, "cell width"]
     op: Op
-    head: int | None
+    heads: Int[Tensor, " cell"] | None
     keep_norm: bool
 
     def apply(self, activation: Float[Tensor, "batch pos width"], d_head: int) -> None:
-        rows, columns = self.rows.to(activation.device), self.columns.to(activation.device)
-        values = self.values.to(activation)
         target = activation
-        if self.head is not None:
-            target = activation[..., self.head * d_head : (self.head + 1) * d_head]
+        cells = [self.rows.to(activation.device), self.columns.to(activation.device)]
+        if self.heads is not None:
+            target = rearrange(activation, "batch pos (head d_head) -> batch pos head d_head", d_head=d_head)
+            cells.append(self.heads.to(activation.device))
+        values = self.values.to(activation)
         if self.op == "set":
-            target[rows, columns] = values
+            target[tuple(cells)] = values
         elif self.keep_norm:
-            before = target[rows, columns]
+            before = target[tuple(cells)]
             after = before + values
             scale = before.norm(dim=-1, keepdim=True) / after.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            target[rows, columns] = after * scale
+            target[tuple(cells)] = after * scale
         else:
-            target.index_put_((rows, columns), values, accumulate=True)
+            target.index_put_(tuple(cells), values, accumulate=True)
 
 
 def writer(edits: Sequence[Edit], width: int, d_head: int) -> Callable[[Tensor], Tensor]:
@@ -87,7 +88,7 @@ def _steps(edits: Sequence[Edit], width: int) -> list[_Step]:
     joined: list[list[Edit]] = []
     for edit in edits:
         last = joined[-1][-1] if joined else None
-        same = last is not None and (last.op, last.head) == (edit.op, edit.head)
+        same = last is not None and (last.op, last.head is None) == (edit.op, edit.head is None)
         if same and not edit.keep_norm and last is not None and not last.keep_norm:
             joined[-1].append(edit)
         else:
@@ -98,16 +99,23 @@ def _steps(edits: Sequence[Edit], width: int) -> list[_Step]:
             columns=torch.cat([torch.full_like(edit.rows, width + edit.position) for edit in some]),
             values=torch.cat([edit.value for edit in some]),
             op=some[0].op,
-            head=some[0].head,
+            heads=None if some[0].head is None else torch.cat([_heads(edit) for edit in some]),
             keep_norm=some[0].keep_norm,
         )
         for some in joined
     ]
 
 
+def _heads(edit: Edit) -> Int[Tensor, " row"]:
+    return torch.full_like(edit.rows, -1 if edit.head is None else edit.head)
+
+
 def _check_width(step: _Step, activation: Tensor, d_head: int) -> None:
-    wide = activation.shape[-1] if step.head is None else d_head
+    wide = activation.shape[-1] if step.heads is None else d_head
     if step.values.shape[1] != wide:
         raise EngineError(
             f"a vector of width {step.values.shape[1]} cannot be written into an activation of width {wide}"
         )
+    n_heads = activation.shape[-1] // max(1, d_head)
+    if step.heads is not None and not bool(((step.heads >= 0) & (step.heads < n_heads)).all()):
+        raise EngineError(f"heads {sorted(set(step.heads.tolist()))[:20]} of an activation of {n_heads} heads")

@@ -25,7 +25,7 @@ from transformer_lens.tools.analysis import logit_readout
 from tv_lens.edits import HEADS, RESID_POST, Edits, Site
 from tv_lens.engines.base import Capability, Engine, Pass, Past, Replay, Tokens
 from tv_lens.engines.bridge import BridgeCodec, check_batch_size, info_of, not_decoder_only
-from tv_lens.engines.capabilities import head_shape, hooks_of, support_of
+from tv_lens.engines.capabilities import head_shape, hooks_of, projection_of, support_of
 from tv_lens.engines.drivers import (
     components_of,
     computing,
@@ -164,6 +164,17 @@ class LocalEngine(Engine):
         if result.top_ids is None:
             raise EngineError(f"{self.name} gave no tokens for its vectors")
         return result.top_ids.cpu(), result.values.float().cpu()
+
+    def head_outputs(self, heads: Float[Tensor, "row width"], layer: int) -> Float[Tensor, "head d_model"]:
+        """What each attention head of a layer adds to the residual stream, as `Engine.head_outputs` says.
+
+        Raises:
+            TvLensError: a layer without attention heads.
+        """
+        self._point(HEADS, layer)
+        projection = projection_of(self.bridge, layer, self.info.n_heads)
+        with self.session(), self._computing(grad=False):
+            return projection(heads)
 
     @contextmanager
     def session(self) -> Iterator[None]:

@@ -72,10 +72,16 @@ class _Run:
             for i, part in enumerate(batch.parts):
                 rows = [numbers[row] for row in part.rows]
                 is_last = i + 1 == len(batch.parts)
-                tokens, start = self.start(batch, part, prefix, past, is_last)
-                self.work(rows, tokens, start, self.edits.keep(rows))
+                self.run_part(rows, batch, part, prefix, past, is_last)
                 shown.update(len(set(rows) - self.done))
                 self.done.update(rows)
+
+    # A separate method, so that a part's past is freed before the next one is made.
+    def run_part(
+        self, rows: list[int], batch: Batch, part: Part, prefix: Tokens | None, past: Past, is_last: bool
+    ) -> None:
+        tokens, start = self.start(batch, part, prefix, past, is_last)
+        self.work(rows, tokens, start, self.edits.keep(rows))
 
     def plan(self, remaining: Sequence[int]) -> list[Batch]:
         """Batches for the remaining groups, none of them padded in a way that the model gets wrong."""

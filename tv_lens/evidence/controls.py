@@ -17,7 +17,10 @@ from transformer_lens.utilities.statistics import derive_generator
 from tv_lens.engines import Engine
 from tv_lens.errors import TvLensError
 from tv_lens.methods import Method
-from tv_lens.prompts import Example, Prompt
+from tv_lens.methods.function_vectors import chosen_heads
+from tv_lens.methods.heads import all_heads, read_heads
+from tv_lens.prompts import Prompt
+from tv_lens.shuffling import shuffle_outputs
 from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors
 
@@ -92,6 +95,39 @@ class ShuffledDemonstrations(Control):
         return vectors.mean() if len(treatment.vectors) == 1 else vectors
 
 
+@dataclass(frozen=True)
+class RandomHeads(Control):
+    """The function vector of as many other heads, drawn at random for each patched prompt, as long as the task's."""
+
+    name: ClassVar[str] = "random heads"
+    description: ClassVar[str] = "the function vector of as many random other heads, as long as the task's"
+
+    def __call__(self, treatment: Treatment) -> TaskVectors | None:
+        """One vector per patched prompt; None if the task's vector is not a summed function vector."""
+        chosen = chosen_heads(treatment.vectors)
+        if not chosen or treatment.vectors.heads:
+            return None
+        engine = treatment.engine
+        read = read_heads(engine, treatment.prompts)
+        outputs = torch.stack([engine.head_outputs(read.at(layer), layer) for layer in read.layers])
+        others = [head for head in all_heads(read) if head not in chosen]
+        draw = random.Random(f"random heads:{treatment.seed}")
+        sets = [draw.sample(others, min(len(chosen), len(others))) for _ in range(treatment.n)]
+        slots = [[(read.layers.index(layer), head) for layer, head in each] for each in sets]
+        summed = torch.stack([torch.stack([outputs[slot] for slot in each]).sum(dim=0) for each in slots])
+        length = treatment.vectors.values.norm(dim=-1, keepdim=True)
+        direction = summed / summed.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        return replace(
+            treatment.vectors,
+            values=direction[:, None] * length,
+            prompts=(),
+            substitutes=(),
+            method=f"random heads, as long as {treatment.vectors.method} of {treatment.vectors.task!r}",
+            options={"heads": [[list(head) for head in each] for each in sets]},
+            terms=(),
+        )
+
+
 CONTROLS: tuple[Control, ...] = (RandomDirection(), OtherTask(), ShuffledDemonstrations())
 
 
@@ -113,6 +149,8 @@ def random_like(vectors: TaskVectors, n: int, seed: int) -> TaskVectors:
     shape = (n, *vectors.values.shape[1:])
     generator = derive_generator(seed, "random control")
     noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    if vectors.heads:  # in these heads alone
+        noise = noise * vectors.written
     length = vectors.values.norm(dim=-1, keepdim=True)
     return replace(
         vectors,
@@ -124,37 +162,3 @@ def random_like(vectors: TaskVectors, n: int, seed: int) -> TaskVectors:
         options={},
         terms=(),
     )
-
-
-def shuffle_outputs(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
-    """The prompts with the outputs of their demonstrations permuted, so that no demonstration keeps its own and as few
-    as possible are still correct. (If most outputs are equal, some will be.)
-
-    Raises:
-        TvLensError: a prompt with fewer than two demonstrations.
-    """
-    draw = random.Random(f"shuffle outputs:{seed}")
-    mixed = []
-    for i, prompt in enumerate(prompts):
-        if prompt.shots < 2:
-            raise TvLensError(f"prompt {i} has {prompt.shots} demonstrations; outputs are permuted among 2 or more")
-        order = draw.sample(range(prompt.shots), prompt.shots)
-        outputs = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle through all
-        if any(prompt.examples[j].output == prompt.examples[k].output for j, k in outputs.items()):
-            outputs = _fewest_correct([example.output for example in prompt.examples], order)
-        examples = [Example(each.input, prompt.examples[outputs[j]].output) for j, each in enumerate(prompt.examples)]
-        mixed.append(replace(prompt, examples=tuple(examples)))
-    return mixed
-
-
-def _fewest_correct(outputs: Sequence[str], order: Sequence[int]) -> dict[int, int]:
-    """The assignment of outputs with the fewest correct pairs and, among these, the fewest fixed points; `order` breaks
-    ties.
-    """
-    import numpy as np
-    from scipy.optimize import linear_sum_assignment
-
-    n = len(outputs)
-    cost = np.array([[(outputs[j] == outputs[k]) + (j == k) / (n + 1) for k in order] for j in order])
-    rows, columns = linear_sum_assignment(cost)
-    return {order[row]: order[column] for row, column in zip(rows.tolist(), columns.tolist(), strict=True)}

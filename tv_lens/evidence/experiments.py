@@ -192,6 +192,11 @@ class _Run:
                 f"{method.name} returned vectors of {vectors.task!r} for the task {plan.task.name!r}; a method can "
                 "name them with dataclasses.replace(vectors, task=task.name)"
             )
+        if vectors.heads:
+            raise TvLensError(
+                f"{method.name} returned vectors that are written at all their layers at once, and an experiment "
+                "sweeps layers one by one; use the summed form here, or evaluate(..., layer=layers(*vectors.layers))"
+            )
         return self.checkpoints.keep_vectors(*key, vectors)
 
     def result(self, i: int, method: Method) -> TaskResult:

@@ -2,5 +2,18 @@
 
 from tv_lens.methods.base import Method
 from tv_lens.methods.extraction import AcrossPrompts, Extraction, extract, extract_across
+from tv_lens.methods.function_vectors import FunctionVector, MeanState, function_vector
+from tv_lens.methods.heads import head_effects, read_heads
 
-__all__ = ["AcrossPrompts", "Extraction", "Method", "extract", "extract_across"]
+__all__ = [
+    "AcrossPrompts",
+    "Extraction",
+    "FunctionVector",
+    "MeanState",
+    "Method",
+    "extract",
+    "extract_across",
+    "function_vector",
+    "head_effects",
+    "read_heads",
+]

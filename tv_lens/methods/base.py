@@ -77,4 +77,4 @@ def _option(value: Any) -> Option:
 def _value(name: str, value: Option) -> Any:
     if name == "site" and isinstance(value, str):
         return SITES[value]
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_value("", each) for each in value) if isinstance(value, list) else value

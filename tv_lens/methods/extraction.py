@@ -47,10 +47,10 @@ def extract(
     check_prompts(prompts)
     k = _check_substitutes(prompts, substitutes)
     asked = [[prompt.asking(query) for query in queries] for prompt, queries in zip(prompts, substitutes, strict=True)]
-    read = _read(engine, asked, site, positions)
+    read = read_site(engine, asked, site, positions)
     means = reduce(read, "(prompt substitute) layer width -> prompt layer width", "mean", substitute=k)
     options: dict[str, Option] = {"substitutes": k, "site": site.name, "positions": _as_option(positions)}
-    return _vectors(engine, means, prompts, tuple(map(tuple, substitutes)), site, "extract", options)
+    return vectors_of(engine, means, prompts, tuple(map(tuple, substitutes)), site, "extract", options)
 
 
 def extract_across(
@@ -74,14 +74,14 @@ def extract_across(
                 f"prompt {i}: every other prompt shows or asks {prompt.query!r}, so no vector is left to "
                 "average; sample more prompts or more inputs"
             )
-    read = _read(engine, [[prompt] for prompt in prompts], site, positions)
+    read = read_site(engine, [[prompt] for prompt in prompts], site, positions)
     total, means = read.sum(dim=0, dtype=torch.float64), torch.empty_like(read)
     for i, prompt in enumerate(prompts):
         left_out = shown_in[prompt.query]
         rest = total - read[left_out].sum(dim=0, dtype=torch.float64)
         means[i] = rest / (len(prompts) - len(left_out))
     options: dict[str, Option] = {"site": site.name, "positions": _as_option(positions)}
-    return _vectors(engine, means, prompts, (), site, "extract_across", options)
+    return vectors_of(engine, means, prompts, (), site, "extract_across", options)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class AcrossPrompts(Method):
         return extract_across(engine, prompts, site=self.site, positions=self.positions)
 
 
-def _read(
+def read_site(
     engine: Engine, groups: Sequence[Sequence[Prompt]], site: Site, positions: Positions
 ) -> Float[Tensor, "row layer width"]:
     """The site at every layer that has it, for all prompts of all groups."""
@@ -181,7 +181,7 @@ def _as_option(positions: Positions) -> Option:
     return positions if isinstance(positions, str) else list(positions)
 
 
-def _vectors(
+def vectors_of(
     engine: Engine,
     values: Float[Tensor, "prompt layer width"],
     prompts: Sequence[Prompt],
@@ -190,6 +190,7 @@ def _vectors(
     method: str,
     options: Mapping[str, Option],
 ) -> TaskVectors:
+    """The values with their provenance."""
     templates = {prompt.template for prompt in prompts}
     return TaskVectors(
         values,
@@ -203,6 +204,7 @@ def _vectors(
         site=site,
         layers=engine.layers_of(site),
         n_layers=engine.n_layers,
+        n_heads=engine.info.n_heads if site.per_head else 0,
         options=options,
         bos=engine.info.bos,
     )

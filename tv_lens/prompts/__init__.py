@@ -10,12 +10,13 @@ from tv_lens.prompts.formats import (
     has_lone_surrogate,
 )
 from tv_lens.prompts.prompt import Prompt, as_prompts, check_prompts
-from tv_lens.prompts.templates import PAPER, PlainText, Template
+from tv_lens.prompts.templates import PAPER, FreeText, PlainText, Template
 
 __all__ = [
     "PAPER",
     "ChatTemplate",
     "Example",
+    "FreeText",
     "PlainText",
     "Prompt",
     "PromptFormat",

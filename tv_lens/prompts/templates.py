@@ -123,3 +123,40 @@ class PlainText(PromptFormat):
     def cut(self, text: str) -> str:
         """All of it, white space included."""
         return text
+
+
+@dataclass(frozen=True)
+class FreeText(PromptFormat):
+    """A sentence with `{input}` in it, without demonstrations, continued until the model ends it. The answer is all of
+    the completion; a rule such as `occurs` looks for the expected one in it.
+
+    >>> FreeText("The opposite of {input} is").write((), "hot")
+    'The opposite of hot is'
+
+    Raises:
+        TvLensError: `{input}` is missing or repeated.
+    """
+
+    text: str = "{input} means"
+
+    def __post_init__(self) -> None:
+        if self.text.count("{input}") != 1:
+            raise TvLensError(
+                f"free text {self.text!r} has {{input}} {self.text.count('{input}')} times; write it once"
+            )
+
+    def segments(self, examples: Sequence[Example], query: str) -> list[Segment]:
+        """The sentence around the query."""
+        if examples:
+            raise TvLensError("free text has no demonstrations; use a Template to write them")
+        before, after = self.text.split("{input}")
+        parts = (Segment(before, "template"), Segment(query, "query"), Segment(after, "separator"))
+        return [part for part in parts if part.text]
+
+    def continuation(self, query: str, answer: str) -> str:
+        """The answer as the next word."""
+        return answer if self.text.endswith(" ") else f" {answer}"
+
+    def cut(self, text: str) -> str:
+        """All of it, without white space around it."""
+        return text.strip()

@@ -90,7 +90,7 @@ def bars(
         "customdata": [str(score) for score in scores],
         "hovertemplate": f"{label}, {plain(name)}: %{{customdata}}<extra></extra>",
         "name": plain(name),
-        "offsetgroup": name,
+        "offsetgroup": plain(name),
     }
 
 

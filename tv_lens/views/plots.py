@@ -11,8 +11,10 @@ from functools import singledispatch
 from typing import Any
 
 from tv_lens.errors import UnsupportedError
+from tv_lens.evidence.conditions import Conditions
 from tv_lens.evidence.results import Conflict, Evaluation, Experiment, Score, Sweep, TaskResult
 from tv_lens.geometry import Similarities, VectorMap
+from tv_lens.heads import HeadEffects
 from tv_lens.inspection import TokenTable
 from tv_lens.readout import TopTokens
 from tv_lens.vectors import layer_label
@@ -29,6 +31,7 @@ from tv_lens.views.drawing import (
     new_figure,
     plain,
 )
+from tv_lens.views.heads import plot_conditions, plot_head_effects
 
 
 @singledispatch
@@ -321,3 +324,7 @@ def plot_tokens(table: TokenTable) -> go.Figure:
     figure.update_yaxes(visible=False, range=[n_rows, 0], title="line")
     figure.update_layout(height=120 + 48 * n_rows, width=60 + 76 * per_line)
     return figure
+
+
+plot.register(HeadEffects, plot_head_effects)
+plot.register(Conditions, plot_conditions)

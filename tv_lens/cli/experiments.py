@@ -1,0 +1,160 @@
+"""Commands on whole experiments: `tasks`, `run` and `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import tv_lens as tv
+from tv_lens.cli.app import app
+from tv_lens.cli.checks import (
+    FileOptions,
+    UsageError,
+    check_chat,
+    check_folder,
+    check_model,
+    check_results,
+    check_sampling,
+    check_writable,
+    chosen_tasks,
+    tasks_in,
+    with_rule,
+)
+from tv_lens.cli.loading import load_engine, prompt_format, template_of
+from tv_lens.cli.options import (
+    TEMPLATE,
+    Across,
+    BatchSize,
+    Chat,
+    Demo,
+    Device,
+    Dtype,
+    FirstToken,
+    Header,
+    InputColumn,
+    Json,
+    ModelName,
+    NewTokens,
+    OneTurn,
+    OutputColumn,
+    Quiet,
+    RuleName,
+    Seed,
+    Separator,
+    Shots,
+    Substitutes,
+    System,
+    TemplateText,
+    Under,
+)
+from tv_lens.cli.output import records, show
+
+
+@app.command()
+def tasks(
+    category: Annotated[str | None, typer.Option(help="Only this category.")] = None, as_json: Json = False
+) -> None:
+    """List the library's tasks."""
+    rows = [
+        {
+            "task": task.name,
+            "category": task.category,
+            "inputs": len(task),
+            "example": f"{task.inputs[0]} -> {task.answer(task.inputs[0])}",
+        }
+        for task in tasks_in(category)
+    ]
+    show(rows, rows, as_json)
+
+
+@app.command()
+def run(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[TASK]...", help="Library tasks or files of pairs; all by default.")
+    ] = None,
+    model: ModelName = None,
+    demo: Demo = False,
+    category: Annotated[str | None, typer.Option(help="All library tasks of this category.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep each finished task here, and resume from it after an interrupt.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write everything as .json, or the tidy table as .parquet.")] = None,
+    shots: Shots = 5,
+    n_dev: Annotated[int, typer.Option(min=1, help="Prompts that choose the layer.")] = 50,
+    n_test: Annotated[int, typer.Option(min=1, help="Prompts that are reported.")] = 50,
+    seed: Seed = 0,
+    substitutes: Substitutes = 2,
+    across: Across = False,
+    max_new_tokens: NewTokens = 8,
+    first_token: FirstToken = False,
+    rule: RuleName = "starts_with",
+    input_column: InputColumn = None,
+    output_column: OutputColumn = None,
+    under: Under = None,
+    header: Header = None,
+    template: TemplateText = TEMPLATE,
+    separator: Separator = r"\n",
+    chat: Chat = False,
+    one_turn: OneTurn = False,
+    system: System = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run the whole experiment on tasks: zero-shot, few-shot and patched accuracy, and controls."""
+    if names and category is not None:
+        raise UsageError("give tasks or --category, not both")
+    check_model(model, demo=demo, device=device, dtype=dtype)
+    options = FileOptions(input_column, output_column, under, header)
+    chosen = with_rule(chosen_tasks(names, options) if names else tasks_in(category), rule)
+    if save is not None:
+        check_writable(save, (".json", ".parquet"))
+    if folder is not None:
+        check_folder(folder)
+    written = template_of(template, separator)
+    check_chat(written, chat=chat, one_turn=one_turn, system=system)
+    for task in chosen:
+        check_sampling(task, n_dev, n_test, shots=shots, seed=seed, template=written)
+    engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    experiment = tv.run_experiment(
+        engine,
+        chosen,
+        shots=shots,
+        n_dev=n_dev,
+        n_test=n_test,
+        seed=seed,
+        substitutes=substitutes,
+        across=across,
+        template=prompt_format(engine, written, chat, one_turn, system),
+        max_new_tokens=1 if first_token else max_new_tokens,
+        folder=folder,
+    )
+    if save is not None:
+        experiment.save(save)
+    settings = experiment.settings
+    show(
+        experiment.summary(),
+        {"settings": settings, "results": records(experiment.to_pandas())},
+        as_json,
+        f"{settings.model}, {settings.shots} shots, {settings.scoring} by {'first_token' if first_token else rule}, "
+        f"seed {settings.seed}\naccuracy [exact 95% interval]; p: McNemar's exact test, patched against zero-shot",
+    )
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="What `tv-lens run --save` wrote, .json.")],
+    to: Annotated[Path, typer.Option("--to", "-o", help="The page to write, .html.")],
+    as_json: Json = False,
+) -> None:
+    """Make an HTML page of an experiment: a sortable table, figures and every task's answers. It works offline."""
+    check_writable(to, (".html",))
+    check_results(results)
+    experiment = tv.Experiment.load(results)
+    experiment.report(to)
+    row = {"file": str(to), "model": experiment.settings["model"], "tasks": len(experiment.results)}
+    show([row], row, as_json)

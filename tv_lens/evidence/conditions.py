@@ -1,0 +1,169 @@
+"""Does a vector work outside the prompts it is from? The conditions of Todd et al. 2024: zero-shot, few-shot with
+permuted outputs, free text, and another template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+from tv_lens.display import figure, html_table
+from tv_lens.edits import Layers, Write
+from tv_lens.engines import Model, engine_for
+from tv_lens.errors import TvLensError
+from tv_lens.evidence.evaluation import patched_scores, unpatched_score
+from tv_lens.evidence.results import Score, mcnemar
+from tv_lens.patching import Placement
+from tv_lens.prompts import FreeText, Prompt, PromptFormat, check_prompts
+from tv_lens.shuffling import shuffle_outputs, without_demonstrations
+from tv_lens.tasks import Rule, Task, starts_with
+from tv_lens.vectors import TaskVectors
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+# The name of the run without a vector.
+PLAIN = "no vector"
+
+# Vectors, and the layer or layers that they are written to.
+Placed: TypeAlias = tuple[TaskVectors, int | Layers]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A way to ask: `prompts` turns few-shot prompts and a seed into the prompts that are run, into which the vector is
+    written as they are.
+
+    `rule` replaces the task's own rule, if it is given. `every_step` adds vectors again at each
+    generated token (those that are written over something are written once).
+    """
+
+    name: str
+    prompts: Callable[[Sequence[Prompt], int], list[Prompt]]
+    rule: Rule | None = None
+    every_step: bool = False
+
+    def task(self, task: Task) -> Task:
+        """The task under the condition's rule."""
+        return task if self.rule is None else replace(task, accepts=self.rule)
+
+
+zero_shot = Condition("zero-shot", without_demonstrations)
+shuffled_few_shot = Condition("shuffled few-shot", shuffle_outputs)
+
+
+def other_template(template: PromptFormat, name: str = "another template") -> Condition:
+    """The queries alone in another format than the vectors were made with."""
+
+    def prompts(given: Sequence[Prompt], seed: int) -> list[Prompt]:
+        return [replace(prompt, examples=(), template=template) for prompt in given]
+
+    return Condition(name, prompts)
+
+
+def free_text(text: str, name: str = "free text") -> Condition:
+    """The query in a sentence such as "The opposite of {input} is". An answer is correct if it occurs anywhere in what
+    is generated, as whole words; added vectors are added at every generated token.
+    """
+    template = FreeText(text)
+
+    def prompts(given: Sequence[Prompt], seed: int) -> list[Prompt]:
+        return [replace(prompt, examples=(), template=template) for prompt in given]
+
+    return Condition(name, prompts, rule=Rule("occurs", occurs), every_step=True)
+
+
+def occurs(prediction: str, answer: str) -> bool:
+    """Whether the answer occurs in the prediction, as whole words.
+
+    >>> occurs("is a large, cold place", "cold"), occurs("is colder", "cold"), occurs("scold", "cold")
+    (True, False, False)
+    """
+    wanted = answer.strip()
+    begins = [i for i in range(len(prediction)) if wanted and prediction.startswith(wanted, i)]
+    return any(_begins_word(prediction, i) and starts_with(prediction[i:], wanted) for i in begins)
+
+
+def _begins_word(text: str, i: int) -> bool:
+    return i == 0 or text[i - 1].isspace() or starts_with(text[i - 1 :], text[i - 1])
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Scores by condition, and in each by the vector that was written, "no vector" first."""
+
+    scores: Mapping[str, Mapping[str, Score]]
+
+    def __post_init__(self) -> None:
+        named = [list(scores) for scores in self.scores.values()]
+        if not named or any(names != named[0] or names[0] != PLAIN for names in named):
+            raise TvLensError(f"conditions {list(self.scores)} need the same vectors each, {PLAIN!r} first")
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """The names of the vectors, "no vector" first."""
+        return tuple(next(iter(self.scores.values())))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for each condition and vector: n, accuracy with its 95% interval (low, high), and p_value, McNemar's
+        exact test against the same condition without a vector.
+        """
+        import pandas as pd
+
+        rows = [
+            {
+                "condition": condition,
+                "vector": name,
+                "n": len(score.correct),
+                "accuracy": score.accuracy,
+                "low": score.interval[0],
+                "high": score.interval[1],
+                "p_value": None if name == PLAIN else mcnemar(score, scores[PLAIN]),
+            }
+            for condition, scores in self.scores.items()
+            for name, score in scores.items()
+        ]
+        return pd.DataFrame(rows).astype({"p_value": "Float64"})
+
+    def plot(self) -> go.Figure:
+        """Accuracy by condition and vector, with intervals."""
+        return figure(self)
+
+    def _repr_html_(self) -> str:
+        return html_table(self.to_pandas(), f"p: against {PLAIN!r}, McNemar's exact test", {"p_value": "{:.1g}"})
+
+
+def across_conditions(
+    model: Model,
+    task: Task,
+    prompts: Sequence[Prompt],
+    vectors: Mapping[str, Placed],
+    *,
+    conditions: Sequence[Condition] = (zero_shot, shuffled_few_shot),
+    max_new_tokens: int = 8,
+    seed: int = 0,
+) -> Conditions:
+    """Score the answers to the queries of few-shot `prompts` under each condition, without a vector and with each of
+    `vectors`, which maps a name to vectors and their layer: `{"function vector": (vector, 9), "mean": (other, 20)}`.
+    Vectors are written the way they are meant. Use prompts that had no part in making them or in choosing the layer.
+
+    Raises:
+        TvLensError: as `patch_generate`, two conditions of one name, or vectors named "no vector".
+    """
+    engine = engine_for(model)
+    check_prompts(prompts)
+    names = [condition.name for condition in conditions]
+    if not names or len(set(names)) < len(names) or PLAIN in vectors:
+        raise TvLensError(f"conditions are {names}, vectors {list(vectors)}; give different names, none {PLAIN!r}")
+    scores: dict[str, dict[str, Score]] = {}
+    for condition in conditions:
+        asked, judged = condition.prompts(prompts, seed), condition.task(task)
+        scores[condition.name] = {PLAIN: unpatched_score(engine, judged, asked, max_new_tokens)}
+        for name, placed in vectors.items():
+            write = Write(placed[0].op, every_step=condition.every_step and placed[0].op == "add")
+            placement = Placement(write, keep_demonstrations=True)
+            [scored] = patched_scores(engine, judged, asked, [placed], placement, max_new_tokens)
+            scores[condition.name][name] = scored
+    return Conditions(scores)

@@ -1,0 +1,177 @@
+"""Function vectors: what the heads that carry a task add to the residual stream (Todd et al. 2024, section 2.3).
+
+FV = sum over the top heads of W_O[l, h] mean[l, h]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from einops import repeat
+
+from tv_lens.edits import RESID_POST, Head
+from tv_lens.engines import Capability, Engine, Model, engine_for
+from tv_lens.errors import TvLensError
+from tv_lens.heads import HeadEffects, How, Measure
+from tv_lens.methods.base import Method
+from tv_lens.methods.extraction import read_site, vectors_of
+from tv_lens.methods.heads import NoneKnownError, check_head_vectors, head_effects, read_heads
+from tv_lens.prompts import Prompt
+from tv_lens.provenance import Option
+from tv_lens.tasks import Task
+from tv_lens.vectors import TaskVectors, check_heads
+
+
+def function_vector(
+    model: Model, vectors: TaskVectors, heads: Sequence[tuple[int, int]], *, distributed: bool = False
+) -> TaskVectors:
+    """The function vector of `heads`, (layer, head) pairs such as `effects.top(10)`, from what `read_heads` gives.
+
+    The vector is the sum of what these heads add to the residual stream, mean over prompts, the same at every layer; it
+    is meant to be added. The bias of the output projection belongs to no head and is left out. In models with a norm
+    after the attention (Gemma 2 and 3, OLMo 2 and 3, GLM 4) each head's part has the scale of that norm on the same
+    prompt, and in Granite its multiplier, so the vector always has the units of the residual stream.
+
+    With `distributed` each head's mean output is written at its own layer instead, over the head's own output: write
+    all of them at once with `layers(*vectors.layers)`, or add them to it with `how=add()`.
+
+    Raises:
+        TvLensError: vectors that `read_heads` did not make, no heads, one of them twice, or one that does not exist.
+    """
+    engine = engine_for(model)
+    check_head_vectors(engine, vectors)
+    chosen = tuple(Head(*pair) for pair in heads)
+    if not chosen:
+        raise TvLensError("a function vector needs a head or more; effects.top(10) gives some")
+    check_heads(chosen, vectors.layers, vectors.n_heads, engine.name)
+    options: dict[str, Option] = {"heads": [list(head) for head in chosen], "distributed": distributed}
+    options |= {name: vectors.options[name] for name in ("n", "right", "kept") if name in vectors.options}
+    if distributed:
+        return _distributed(vectors, chosen, options)
+    engine.require(Capability.PROJECT)
+    total = torch.zeros(engine.d_model, dtype=torch.float32, device="cpu")
+    with engine.session():
+        for layer in dict.fromkeys(head.layer for head in chosen):
+            outputs = engine.head_outputs(vectors.at(layer), layer)
+            total += outputs[[head.head for head in chosen if head.layer == layer]].sum(dim=0)
+    return replace(
+        vectors,
+        values=repeat(total, "d_model -> 1 layer d_model", layer=engine.n_layers),
+        method=FunctionVector.name,
+        site=RESID_POST,
+        op="add",
+        layers=tuple(range(engine.n_layers)),
+        options=options,
+        n_heads=0,
+        terms=(),
+    )
+
+
+def chosen_heads(vectors: TaskVectors) -> tuple[Head, ...]:
+    """The heads whose function vector this is; none if it is something else."""
+    listed = vectors.options.get("chosen", vectors.options.get("heads"))
+    if vectors.method.removeprefix("mean of ") != FunctionVector.name or not isinstance(listed, list):
+        return ()
+    return tuple(Head(*pair) for pair in listed)
+
+
+def _distributed(vectors: TaskVectors, heads: tuple[Head, ...], options: dict[str, Option]) -> TaskVectors:
+    layers = tuple(sorted({head.layer for head in heads}))
+    values = vectors.values[:, [vectors.layers.index(layer) for layer in layers]].mean(dim=0, keepdim=True)
+    made = replace(
+        vectors, values=values, method=FunctionVector.name, layers=layers, heads=heads, options=options, terms=()
+    )
+    return replace(made, values=made.values * made.written)
+
+
+@dataclass(frozen=True)
+class FunctionVector(Method):
+    """`function_vector` as a method: of the `heads` heads with the highest average effect on `n_corrupted` of the
+    prompts, or of given heads, such as a published list.
+
+    With `known_only` only prompts whose answer's first token the model gets right are used, as in the paper; all of
+    them if there is none. `preselect` is the number of heads, chosen by attribution, whose exact effect is measured; 0
+    for all heads. `corruptions` is how many times each prompt is corrupted. The vectors' options hold the chosen heads,
+    the share of known prompts and the diagnosis.
+
+    Raises:
+        TvLensError: no heads, or a count out of range.
+    """
+
+    name: ClassVar[str] = "function_vector"
+    heads: int | tuple[tuple[int, int], ...] = 10
+    measure: Measure = "probability"
+    how: How = "exact"
+    preselect: int = 0
+    n_corrupted: int = 25
+    corruptions: int = 1
+    known_only: bool = True
+    distributed: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.heads, int):
+            object.__setattr__(self, "heads", tuple((int(layer), int(head)) for layer, head in self.heads))
+        n_heads = self.heads if isinstance(self.heads, int) else len(self.heads)
+        if isinstance(self.heads, bool) or min(n_heads, self.n_corrupted, self.corruptions) < 1 or self.preselect < 0:
+            raise TvLensError(f"{self}: heads, n_corrupted and corruptions are 1 or more, preselect is 0 or more")
+        if isinstance(self.heads, int) and 0 < self.preselect < self.heads:
+            raise TvLensError(f"{self}: {self.preselect} preselected heads are fewer than the {self.heads} wanted")
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The method's fields as JSON values."""
+        made = super().options
+        return made if isinstance(self.heads, int) else {**made, "heads": [list(pair) for pair in self.heads]}
+
+    def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
+        """One vector for all prompts."""
+        vectors, known = self._read(engine, prompts)
+        notes: dict[str, Option] = {}
+        if isinstance(self.heads, int):
+            effects = self.effects(engine, known, vectors, seed)
+            chosen = effects.top(min(self.heads, len(effects.heads)))
+            notes = {"diagnosis": list(effects.diagnosis)}
+        else:
+            chosen = tuple(Head(*pair) for pair in self.heads)
+        made = function_vector(engine, vectors, chosen, distributed=self.distributed)
+        options = {**made.options, **self.options, "chosen": [list(head) for head in chosen], **notes}
+        return replace(made, task=task.name, options=options)
+
+    def effects(self, engine: Engine, prompts: Sequence[Prompt], vectors: TaskVectors, seed: int) -> HeadEffects:
+        """The effects that choose the heads, from what `read_heads` gives for the prompts."""
+        asked, seeds = prompts[: self.n_corrupted], range(seed, seed + self.corruptions)
+        if not self.preselect:
+            return head_effects(engine, asked, vectors, measure=self.measure, how=self.how, seeds=seeds)
+        quick = head_effects(engine, asked, vectors, measure=self.measure, how="attribution", seeds=seeds)
+        heads = quick.top(min(self.preselect, len(quick.heads)))
+        return head_effects(engine, asked, vectors, measure=self.measure, seeds=seeds, heads=heads)
+
+    def _read(self, engine: Engine, prompts: Sequence[Prompt]) -> tuple[TaskVectors, Sequence[Prompt]]:
+        """The heads' outputs, and the prompts they are from."""
+        if not self.known_only:
+            return read_heads(engine, prompts), prompts
+        try:
+            vectors = read_heads(engine, prompts, known_only=True)
+        except NoneKnownError:
+            vectors = read_heads(engine, prompts)
+            return replace(vectors, options={**vectors.options, "kept": 0.0}), prompts
+        kept = set(vectors.prompts)
+        return vectors, [prompt for prompt in prompts if prompt.text in kept]
+
+
+@dataclass(frozen=True)
+class MeanState(Method):
+    """The mean residual stream at the last token of the prompts, added instead of written over: the layer averages that
+    Todd et al. 2024 compare function vectors with.
+    """
+
+    name: ClassVar[str] = "mean_state"
+
+    def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
+        """One vector per prompt and layer."""
+        values = read_site(engine, [[prompt] for prompt in prompts], RESID_POST, "last")
+        vectors = vectors_of(engine, values, prompts, (), RESID_POST, self.name, {})
+        return replace(vectors, op="add", task=task.name)

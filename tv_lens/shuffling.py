@@ -1,0 +1,49 @@
+"""Corrupted prompts: the same demonstrations with permuted outputs, or none."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tv_lens.errors import TvLensError
+from tv_lens.prompts import Example, Prompt
+
+
+def shuffle_outputs(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """The prompts with the outputs of their demonstrations permuted, so that no demonstration keeps its own and as few
+    as possible are still correct. (If most outputs are equal, some will be.)
+
+    Raises:
+        TvLensError: a prompt with fewer than two demonstrations.
+    """
+    draw = random.Random(f"shuffle outputs:{seed}")
+    mixed = []
+    for i, prompt in enumerate(prompts):
+        if prompt.shots < 2:
+            raise TvLensError(f"prompt {i} has {prompt.shots} demonstrations; outputs are permuted among 2 or more")
+        order = draw.sample(range(prompt.shots), prompt.shots)
+        outputs = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle through all
+        if any(prompt.examples[j].output == prompt.examples[k].output for j, k in outputs.items()):
+            outputs = _fewest_correct([example.output for example in prompt.examples], order)
+        examples = [Example(each.input, prompt.examples[outputs[j]].output) for j, each in enumerate(prompt.examples)]
+        mixed.append(replace(prompt, examples=tuple(examples)))
+    return mixed
+
+
+def without_demonstrations(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """The queries alone, as another kind of corruption; the seed changes nothing."""
+    return [prompt.zero_shot() for prompt in prompts]
+
+
+def _fewest_correct(outputs: Sequence[str], order: Sequence[int]) -> dict[int, int]:
+    """The assignment of outputs with the fewest correct pairs and, among these, the fewest fixed points; `order` breaks
+    ties.
+    """
+    import numpy as np
+    from scipy.optimize import linear_sum_assignment
+
+    n = len(outputs)
+    cost = np.array([[(outputs[j] == outputs[k]) + (j == k) / (n + 1) for k in order] for j in order])
+    rows, columns = linear_sum_assignment(cost)
+    return {order[row]: order[column] for row, column in zip(rows.tolist(), columns.tolist(), strict=True)}
