@@ -14,13 +14,13 @@ def main(name: str = "present_to_past", rival_name: str = "present_to_gerund") -
 
     # The rival's vector and its layer, from verbs that are not asked below.
     dev, test = rival.split(0.5, seed=0)
-    prompts = dev.sample(20, shots=5, seed=0, template=tv.PAPER)
+    prompts = dev.sample(10, shots=5, seed=0, template=tv.PAPER)
     vector = tv.extract(model, prompts, dev.substitutes(prompts, 2, seed=0)).mean()
     layer = tv.sweep_layers(model, dev, prompts, vector).best
 
     sampled = task.sample(len(task), shots=5, seed=0, template=tv.PAPER)
     asked = [prompt for prompt in sampled if prompt.query in test.inputs]
-    clash = tv.conflict(model, task, rival, asked[:30], vector, layer)
+    clash = tv.conflict(model, task, rival, asked[:20], vector, layer)
     print(f"demonstrations of {name}, vector of {rival_name} at layer {layer}\n")
     print(clash.to_pandas().round(2).to_string(index=False), "\n")
     for prompt, plain, patched in list(zip(asked, clash.plain_task.texts, clash.patched_task.texts, strict=False))[:6]:

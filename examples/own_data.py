@@ -19,8 +19,8 @@ def main(path: str = str(Path(__file__).with_name("comparatives.csv")), name: st
     # The layer is chosen on dev, the numbers are from test, and no input is in both.
     dev, test = task.split(0.5, seed=0)
     template = tv.Template("Q: {input}\nA: {output}", separator="\n\n")  # worth trying several
-    dev_prompts = dev.sample(min(20, len(dev)), shots=5, seed=0, template=template)
-    test_prompts = test.sample(min(30, len(test)), shots=5, seed=0, template=template)
+    dev_prompts = dev.sample(min(10, len(dev)), shots=5, seed=0, template=template)
+    test_prompts = test.sample(min(20, len(test)), shots=5, seed=0, template=template)
     vector = tv.extract(model, dev_prompts, dev.substitutes(dev_prompts, 2, seed=0)).mean()
     sweep = tv.sweep_layers(model, dev, dev_prompts, vector)
     print(f"best layer on dev: {sweep.best}, {sweep.at(sweep.best)}; tied: {list(sweep.ties)}\n")

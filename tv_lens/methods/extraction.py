@@ -135,8 +135,8 @@ def read_site(
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
         weights = None if places is None else _weights([places[row] for row in rows])
-        made = engine.forward(tokens, read=[site], weights=weights, past=past, logits=False, keep_past=False)
-        read[rows] = made.reads[site]
+        output = engine.forward(tokens, read=[site], weights=weights, past=past, logits=False, keep_past=False)
+        read[rows] = output.reads[site]
 
     numbered, first = [], 0
     for group in groups:

@@ -81,10 +81,10 @@ def chosen_heads(vectors: TaskVectors) -> tuple[Head, ...]:
 def _distributed(vectors: TaskVectors, heads: tuple[Head, ...], options: dict[str, Option]) -> TaskVectors:
     layers = tuple(sorted({head.layer for head in heads}))
     values = vectors.values[:, [vectors.layers.index(layer) for layer in layers]].mean(dim=0, keepdim=True)
-    made = replace(
+    at_heads = replace(
         vectors, values=values, method=FunctionVector.name, layers=layers, heads=heads, options=options, terms=()
     )
-    return replace(made, values=made.values * made.written)
+    return replace(at_heads, values=at_heads.values * at_heads.written)
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class FunctionVector(Method):
     @property
     def options(self) -> dict[str, Option]:
         """The method's fields as JSON values."""
-        made = super().options
-        return made if isinstance(self.heads, int) else {**made, "heads": [list(pair) for pair in self.heads]}
+        options = super().options
+        return options if isinstance(self.heads, int) else {**options, "heads": [list(pair) for pair in self.heads]}
 
     def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
         """One vector for all prompts."""
@@ -136,9 +136,9 @@ class FunctionVector(Method):
             notes = {"diagnosis": list(effects.diagnosis)}
         else:
             chosen = tuple(Head(*pair) for pair in self.heads)
-        made = function_vector(engine, vectors, chosen, distributed=self.distributed)
-        options = {**made.options, **self.options, "chosen": [list(head) for head in chosen], **notes}
-        return replace(made, task=task.name, options=options)
+        vector = function_vector(engine, vectors, chosen, distributed=self.distributed)
+        options = {**vector.options, **self.options, "chosen": [list(head) for head in chosen], **notes}
+        return replace(vector, task=task.name, options=options)
 
     def effects(self, engine: Engine, prompts: Sequence[Prompt], vectors: TaskVectors, seed: int) -> HeadEffects:
         """The effects that choose the heads, from what `read_heads` gives for the prompts."""

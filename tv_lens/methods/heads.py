@@ -63,10 +63,10 @@ def read_heads(model: Model, prompts: Sequence[Prompt], *, known_only: bool = Fa
     right = torch.zeros(len(prompts), dtype=torch.bool, device="cpu")
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
-        made = engine.forward(tokens, read=[HEADS], past=past, logits=has_answers, keep_past=False)
-        read[rows] = made.reads[HEADS]
+        output = engine.forward(tokens, read=[HEADS], past=past, logits=has_answers, keep_past=False)
+        read[rows] = output.reads[HEADS]
         if targets is not None:
-            logits = finite_logits(engine, made.logits, rows)
+            logits = finite_logits(engine, output.logits, rows)
             logprobs[rows] = _logprobs(logits, targets[rows]).cpu()
             right[rows] = logits.argmax(dim=-1).cpu() == targets[rows]
 
