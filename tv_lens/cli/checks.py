@@ -97,7 +97,7 @@ def check_chat(written: tv.Template, *, chat: bool, one_turn: bool, system: str 
         raise UsageError("--one-turn and --system are about conversations; add --chat, or leave them out")
     if chat and not one_turn and written != tv.PAPER:
         raise UsageError(
-            "with --chat each demonstration is a turn of its own, so --template and --separator do nothing; add "
+            "with --chat each demonstration is a separate turn, so --template and --separator do nothing; add "
             "--one-turn to write all demonstrations in one message, or leave them out"
         )
 
