@@ -199,7 +199,7 @@ def test_the_heat_map_has_each_head_in_its_cell() -> None:
     assert [value for row in heat.z for value in row] == pytest.approx([0.2, 0.31, -0.2, 0.0], abs=1e-6)
     assert [text for row in heat.text for text in row] == ["2", "1", "-", ""]  # the same on every prompt
     [heat] = effects_of(values=VALUES + 0.5).plot(mark=1).data
-    assert [text for row in heat.text for text in row] == ["", "1", "+", ""]
+    assert [text for row in heat.text for text in row] == ["+", "1", "+", ""]
     [heat] = effects_of().plot(mark=2).data
     assert heat.zmax == -heat.zmin == pytest.approx(0.31)
     assert "0.3100" in heat.customdata[0][1]
