@@ -61,6 +61,8 @@ def outcome(actual: Any) -> Any:
         return actual.values.tolist()
     if isinstance(actual, torch.Tensor):
         return actual.tolist()
+    if isinstance(actual, tv.HeadEffects):
+        return actual.values.tolist(), actual.baseline.tolist()
     return actual.texts if isinstance(actual, tv.Completions) else actual
 
 

@@ -292,9 +292,10 @@ INPUTS = st.lists(TEXT, min_size=2, max_size=12, unique=True)
 @given(inputs=INPUTS, seed=st.integers(), data=st.data())
 def test_no_prompt_gives_its_answer_away(inputs: list[str], seed: int, data: st.DataObject) -> None:
     task = tv.Task("t", tuple(inputs), lambda text: text + "!")
+    template = tv.Template("{input} -> {output}", separator="no answer has this in it")
     shots = data.draw(st.integers(0, len(inputs) - 1))
     n = data.draw(st.integers(1, len(inputs)))
-    prompts = task.sample(n, shots=shots, seed=seed)
+    prompts = task.sample(n, shots=shots, seed=seed, template=template)
     queries = [prompt.query for prompt in prompts]
     assert len(set(queries)) == n
     for prompt in prompts:
@@ -302,9 +303,9 @@ def test_no_prompt_gives_its_answer_away(inputs: list[str], seed: int, data: st.
         assert len({*shown, prompt.query}) == shots + 1
         assert {*shown, prompt.query} <= set(inputs)
         assert [each.output for each in prompt.examples] == [text + "!" for text in shown]
-    assert task.sample(n, shots=shots, seed=seed) == prompts
+    assert task.sample(n, shots=shots, seed=seed, template=template) == prompts
     fewer = data.draw(st.integers(1, n))
-    assert task.sample(fewer, shots=shots, seed=seed) == prompts[:fewer]
+    assert task.sample(fewer, shots=shots, seed=seed, template=template) == prompts[:fewer]
 
     free = len(inputs) - shots - 1
     if free:
