@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from models import make_twins
 from transformer_lens.model_bridge import TransformerBridge
@@ -41,7 +43,8 @@ def test_a_task_that_the_model_cannot_do_says_so(as_users_run_it: None) -> None:
 
 
 def test_the_demo_model_knows_part_of_the_past(demo: TransformerBridge) -> None:
-    task = tv.library()["present_to_past"]
+    whole = tv.library()["present_to_past"]
+    task = replace(whole, inputs=whole.inputs[:24])
     actual = task.known(tv.LocalEngine(demo, progress=False), shots=5, seed=0)
     assert 0.2 <= len(actual) / len(task) <= 0.8
     prompts = [prompt for prompt in task.sample(len(task), shots=5, seed=0) if prompt.query in actual.inputs]
