@@ -143,6 +143,7 @@ def test_a_task_vector_is_read_and_written_where_the_answer_begins(layout: Any, 
     task = tv.Task("upper", ("a", "b", "cold", "dog", "fox", "hot"), str.upper)
     prompts = task.sample(3, shots=2, seed=0, template=chat)
     table = tv.show_tokens(model, prompts[0], positions="separators")
+    assert "nothing is put in front" not in table.bos  # ChatML writes no BOS, so one is added
     newlines = [token for token, edited in zip(table.tokens, table.edited, strict=True) if edited]
     assert len(newlines) == 3
     assert newlines[-1] == "\n"  # after <|im_start|>assistant
@@ -171,6 +172,13 @@ def test_a_task_vector_is_read_and_written_where_the_answer_begins(layout: Any, 
     code = "import sys, tv_lens as tv; print(repr(tv.TaskVectors.load(sys.argv[1]).template))"
     run = [sys.executable, "-c", code, str(tmp_path / "vectors.safetensors")]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == repr(chat)
+
+
+def test_a_table_of_tokens_says_whose_bos_it_is() -> None:
+    model = model_with(LLAMA3)
+    table = tv.show_tokens(model, tv.Prompt((), "query", template=tv.ChatTemplate.of(model)))
+    assert table.bos == "the text begins with its own '<s>', so nothing is put in front"
+    assert table.tokens.count("<s>") == 1
 
 
 def test_the_expected_answer_continues_the_prompt() -> None:

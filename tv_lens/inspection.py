@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tv_lens.display import figure, html_table
 from tv_lens.edits import Positions
-from tv_lens.engines import Model, engine_for
+from tv_lens.engines import Model, ModelInfo, engine_for
 from tv_lens.patching import Placement
 from tv_lens.prompts import Prompt, as_prompts
 
@@ -71,7 +71,6 @@ def show_tokens(
     edited = set(engine.text.positions(shown, ids, positions, 0))
     numbers = range(-len(ids), 0)
     info = engine.info
-    put_in_front = f"{info.bos!r} is put in front" if info.bos else "nothing is put in front"
     return TokenTable(
         model=info.name,
         tokens=tuple(engine.text.token(token) for token in ids),
@@ -79,5 +78,13 @@ def show_tokens(
         positions=tuple(numbers),
         roles=tuple(engine.text.roles(shown, ids)),
         edited=tuple(each in edited for each in numbers),
-        bos=f"{put_in_front}{', ' + info.bos_reason if info.bos_reason else ''}",
+        bos=_bos_note(info, shown.text),
     )
+
+
+def _bos_note(info: ModelInfo, text: str) -> str:
+    """What is put in front of a text, and why."""
+    if info.bos and text.startswith(info.bos):
+        return f"the text begins with its own {info.bos!r}, so nothing is put in front"
+    note = f"{info.bos!r} is put in front" if info.bos else "nothing is put in front"
+    return f"{note}, {info.bos_reason}" if info.bos_reason else note
