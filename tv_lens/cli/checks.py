@@ -102,12 +102,6 @@ def check_chat(written: tv.Template, *, chat: bool, one_turn: bool, system: str 
         )
 
 
-def check_sampling(task: tv.Task, n_dev: int, n_test: int, *, shots: int, seed: int, template: tv.Template) -> None:
-    """Refuse a task with too few inputs for `run_experiment`, which splits and samples it in this way."""
-    for part, n in zip(task.split(n_dev / (n_dev + n_test), seed=seed), (n_dev, n_test), strict=True):
-        part.sample(min(n, len(part)), shots=shots, seed=seed, template=template)
-
-
 def check_writable(path: Path, suffixes: Sequence[str]) -> None:
     """Refuse a file that could not be written, before the work and not after it."""
     if path.suffix not in suffixes:

@@ -16,7 +16,6 @@ from tv_lens.cli.checks import (
     check_folder,
     check_model,
     check_results,
-    check_sampling,
     check_writable,
     chosen_tasks,
     tasks_in,
@@ -50,6 +49,7 @@ from tv_lens.cli.options import (
     Under,
 )
 from tv_lens.cli.output import records, show
+from tv_lens.tasks.halves import dev_and_test
 
 
 @app.command()
@@ -118,7 +118,7 @@ def run(
     written = template_of(template, separator)
     check_chat(written, chat=chat, one_turn=one_turn, system=system)
     for task in chosen:
-        check_sampling(task, n_dev, n_test, shots=shots, seed=seed, template=written)
+        dev_and_test(task, n_dev, n_test, shots=shots, seed=seed, template=written)  # an error if inputs are too few
     engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     experiment = tv.run_experiment(
         engine,

@@ -56,23 +56,23 @@ shuffled_few_shot = Condition("shuffled few-shot", shuffle_outputs)
 
 def other_template(template: PromptFormat, name: str = "another template") -> Condition:
     """The queries alone in another format than the vectors were made with."""
-
-    def prompts(given: Sequence[Prompt], seed: int) -> list[Prompt]:
-        return [replace(prompt, examples=(), template=template) for prompt in given]
-
-    return Condition(name, prompts)
+    return Condition(name, _queries_in(template))
 
 
 def free_text(text: str, name: str = "free text") -> Condition:
     """The query in a sentence such as "The opposite of {input} is". An answer is correct if it occurs anywhere in what
     is generated, as whole words; added vectors are added at every generated token.
     """
-    template = FreeText(text)
+    return Condition(name, _queries_in(FreeText(text)), rule=Rule("occurs", occurs), every_step=True)
+
+
+def _queries_in(template: PromptFormat) -> Callable[[Sequence[Prompt], int], list[Prompt]]:
+    """A function that gives the queries alone, in this format."""
 
     def prompts(given: Sequence[Prompt], seed: int) -> list[Prompt]:
         return [replace(prompt, examples=(), template=template) for prompt in given]
 
-    return Condition(name, prompts, rule=Rule("occurs", occurs), every_step=True)
+    return prompts
 
 
 def occurs(prediction: str, answer: str) -> bool:

@@ -32,6 +32,11 @@ def score(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> Score:
     if len(texts) != len(prompts):
         raise TvLensError(f"{len(texts)} texts for {len(prompts)} prompts; give one for each")
     ids = texts.tokens.tolist() if isinstance(texts, Completions) else [None] * len(texts)
+    return _scored(task, prompts, texts, ids)
+
+
+def _scored(task: Task, prompts: Sequence[Prompt], texts: Sequence[str], ids: Sequence[Sequence[int] | None]) -> Score:
+    """The texts, with their token ids if these are known, judged by the task's rule."""
     answers = tuple(task.answer(p.query) if p.answer is None else p.answer for p in prompts)
     judged = [
         task.right(text, each, own, query=prompt.query)
@@ -200,13 +205,7 @@ def _tokens_for(engine: Engine, task: Task, max_new_tokens: int) -> int:
 
 
 def _judged(task: Task, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Score:
-    texts = tuple(each.answer for each in answers)
-    expected = tuple(task.answer(p.query) if p.answer is None else p.answer for p in prompts)
-    correct = [
-        task.right(own.answer, each, own.ids, query=prompt.query)
-        for prompt, each, own in zip(prompts, expected, answers, strict=True)
-    ]
-    return Score(texts, expected, tuple(correct))
+    return _scored(task, prompts, [each.answer for each in answers], [each.ids for each in answers])
 
 
 def conflict(  # noqa: PLR0913 - its options are keywords

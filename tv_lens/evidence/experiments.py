@@ -21,6 +21,7 @@ from tv_lens.patching import Placement
 from tv_lens.prompts import PAPER, Prompt, PromptFormat
 from tv_lens.provenance import versions
 from tv_lens.tasks import Task, fingerprint
+from tv_lens.tasks.halves import dev_and_test
 from tv_lens.vectors import TaskVectors
 
 
@@ -122,10 +123,6 @@ class _Sampling:
         if min(self.shots, self.n_dev, self.n_test) < 1:
             raise TvLensError(f"n_dev={self.n_dev}, n_test={self.n_test} and shots={self.shots} are each 1 or more")
 
-    def prompts(self, half: Task, n: int) -> list[Prompt]:
-        """`n` prompts, or as many as the half has inputs."""
-        return half.sample(min(n, len(half)), shots=self.shots, seed=self.seed, template=self.template)
-
 
 @dataclass(frozen=True)
 class TaskPlan:
@@ -144,9 +141,15 @@ class TaskPlan:
         Raises:
             TvLensError: too few inputs.
         """
-        dev, test = task.split(sampling.n_dev / (sampling.n_dev + sampling.n_test), seed=sampling.seed)
-        dev_prompts, test_prompts = sampling.prompts(dev, sampling.n_dev), sampling.prompts(test, sampling.n_test)
-        return TaskPlan(task, dev, test, dev_prompts, test_prompts)
+        dev, test = dev_and_test(
+            task,
+            sampling.n_dev,
+            sampling.n_test,
+            shots=sampling.shots,
+            seed=sampling.seed,
+            template=sampling.template,
+        )
+        return TaskPlan(task, dev.task, test.task, dev.prompts, test.prompts)
 
 
 def _plans(engine: Engine, tasks: Sequence[Task], sampling: _Sampling, max_new_tokens: int) -> list[TaskPlan]:
