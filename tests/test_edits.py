@@ -298,7 +298,7 @@ def test_two_sets_of_one_cell_are_refused() -> None:
         ({"rows": torch.tensor([1, 1])}, "names a row twice"),
         ({"position": 0}, "positions count from the end of the prompt"),
         ({"layer": -1}, "a layer is 0 or more"),
-        ({"op": "multiply"}, "an op is 'set' or 'add'"),
+        ({"op": "multiply"}, "an op is 'set', 'add' or 'rotate'"),
         ({"head": 1}, "resid_post has no heads"),
         ({"keep_norm": True}, "use op='add'"),
     ],

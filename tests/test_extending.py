@@ -49,7 +49,7 @@ class ShoutingEngine(StatelessEngine):
         self.text = Letters(self.info)
         self.capabilities = frozenset({Capability.PATCH, Capability.CONTINUE})
 
-    def run(self, tokens: Tokens, *, edits: Any, read: Any, logits: bool, **options: Any) -> Pass:
+    def run(self, tokens: Tokens, *, edits: Any, read: Any, logits: Any, **options: Any) -> Pass:
         letters = [int(ids[seen.bool()][-1]) for ids, seen in zip(tokens.ids, tokens.mask, strict=True)]
         states = torch.tensor(letters, dtype=torch.float32).repeat(2, 1)  # layer row
         for edit in edits:

@@ -37,7 +37,7 @@ class Canned(Engine):
         self.texts = list(reads)
         self.reads = reads
 
-    def forward(self, tokens: tv.Tokens, *, read: Sequence[Site] = (), logits: bool = True, **options: Any) -> Pass:
+    def forward(self, tokens: tv.Tokens, *, read: Sequence[Site] = (), logits: Any = True, **options: Any) -> Pass:
         assert not logits, "extraction needs no logits"
         texts = [self.texts[i] for i in tokens.ids[:, -1].tolist()]
         return Pass(reads={site: torch.stack([self.reads[text] for text in texts]) for site in read})

@@ -156,15 +156,24 @@ def test_the_mean_state_is_added(llama: Twins) -> None:
     assert made.op == "add"
 
 
-def test_what_cannot_be_run_is_refused(llama: Twins) -> None:
+def test_what_cannot_be_run_is_refused() -> None:
     for options in ({"heads": 0}, {"heads": ()}, {"n_corrupted": 0}, {"corruptions": 0}, {"preselect": -1}):
         with pytest.raises(tv.TvLensError, match="are 1 or more"):
             FunctionVector(**options)
     with pytest.raises(tv.TvLensError, match="5 preselected heads are fewer than the 10 wanted"):
         FunctionVector(preselect=5)
-    methods = [FunctionVector(heads=2, distributed=True)]
-    with pytest.raises(tv.TvLensError, match="written at all their layers at once"):
-        tv.run_experiment(llama.bridge, [LETTERS], methods=methods, **SMALL)
+
+
+def test_an_experiment_writes_a_distributed_vector_at_all_its_layers(llama: Twins) -> None:
+    methods = [FunctionVector(heads=((2, 1), (0, 3)), distributed=True)]
+    actual = tv.run_experiment(llama.bridge, [LETTERS], methods=methods, **SMALL)
+    [result] = actual.results
+    assert (result.sweep.layers, result.evaluation.layer) == ((2,), (0, 2))
+    dev, _ = LETTERS.split(0.5, seed=0)
+    prompts = dev.sample(4, shots=2, seed=0)
+    texts = tv.patch_generate(llama.bridge, prompts, actual.vectors["upper"], tv.layers(0, 2), max_new_tokens=2)
+    assert result.sweep.scores[0].texts == tuple(texts)
+    assert "0, 2" in str(actual.summary()["layer"][0])
 
 
 # Conditions

@@ -13,10 +13,12 @@ from .edits import (
     Layers,
     Patch,
     Site,
+    Usage,
     Write,
     add,
     layers,
     overwrite,
+    rotate,
 )
 from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for
 from .errors import EngineError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
@@ -46,12 +48,12 @@ from .methods.heads import head_effects, read_heads
 from .prompts import PAPER, ChatTemplate, Example, FreeText, PlainText, Prompt, PromptFormat, Template
 from .provenance import Provenance
 from .readout import TopTokens, top_tokens
-from .shuffling import shuffle_outputs, without_demonstrations
+from .shuffling import shuffle_answers, shuffle_outputs, without_demonstrations
 from .tasks.contrast import ContrastivePairs, contrastive_library
 from .tasks.library import library
 from .tasks.rules import Rule, exact_match, starts_with
 from .tasks.task import Task
-from .vectors import TaskVectors
+from .vectors import LinearMaps, TaskVectors
 
 __version__: str
 
@@ -84,6 +86,7 @@ __all__ = [
     "Head",
     "HeadEffects",
     "Layers",
+    "LinearMaps",
     "LocalEngine",
     "MeanState",
     "Method",
@@ -114,6 +117,7 @@ __all__ = [
     "TvLensError",
     "TvLensWarning",
     "UnsupportedError",
+    "Usage",
     "VectorMap",
     "Write",
     "across_conditions",
@@ -148,10 +152,12 @@ __all__ = [
     "pca",
     "published_heads",
     "read_heads",
+    "rotate",
     "run_experiment",
     "sample",
     "score",
     "show_tokens",
+    "shuffle_answers",
     "shuffle_outputs",
     "shuffled_few_shot",
     "similarity",

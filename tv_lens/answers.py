@@ -85,8 +85,8 @@ def answer_logprobs(  # noqa: PLR0913 - its options are keywords
     vectors: TaskVectors | None = None,
     layer: LayerChoice | None = None,
     how: Write | None = None,
-    positions: Positions = "last",
-    keep_demonstrations: bool = False,
+    positions: Positions | None = None,
+    keep_demonstrations: bool | None = None,
 ) -> Float[Tensor, " prompt"]:
     """The log-probability (natural logarithm) of each prompt's answer, all of its tokens; float32, on the CPU.
 
@@ -100,9 +100,10 @@ def answer_logprobs(  # noqa: PLR0913 - its options are keywords
     """
     engine, given = engine_for(model), as_prompts(prompts)
     expected = expected_answers(given, answers)
-    placement = Placement(how, positions, keep_demonstrations)
+    placed = None
     if vectors is not None:
-        given = placement.prompts(given)
+        placed = Placement(how, positions, keep_demonstrations).of(vectors)
+        given = placed.prompts(given)
         check_vectors(engine, vectors, len(given))
     ids = encode(engine, given, 1)
     targets = [
@@ -114,10 +115,10 @@ def answer_logprobs(  # noqa: PLR0913 - its options are keywords
         engine.require(Capability.CONTINUE)
         encode(engine, given, new_tokens + 1)
     edits = Edits()
-    if vectors is not None:
+    if vectors is not None and placed is not None:
         if layer is None:
             raise TvLensError("vectors are given without a layer; pass layer=..., for instance sweep.best")
-        edits = edits_for(engine, given, ids, vectors, layer, placement)
+        edits = edits_for(engine, given, ids, vectors, layer, placed)
     logprobs = torch.zeros(len(given), dtype=torch.float32, device="cpu")
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
@@ -183,8 +184,8 @@ def divergence(
     layer: LayerChoice,
     *,
     how: Write | None = None,
-    positions: Positions = "last",
-    keep_demonstrations: bool = False,
+    positions: Positions | None = None,
+    keep_demonstrations: bool | None = None,
 ) -> Float[Tensor, " prompt"]:
     """How far the patched model is from the few-shot one: KL(p_few-shot || p_patched) of the next token, in nats, for
     each prompt; float32, on the CPU. 0 means that the vector replaces the demonstrations exactly.
@@ -198,11 +199,11 @@ def divergence(
     engine, whole = engine_for(model), as_prompts(prompts)
     if not all(prompt.examples for prompt in whole):
         raise TvLensError("the few-shot distribution needs demonstrations; sample the prompts with shots=1 or more")
-    placement = Placement(how, positions, keep_demonstrations)
-    patched_prompts = placement.prompts(whole)
+    placed = Placement(how, positions, keep_demonstrations).of(vectors)
+    patched_prompts = placed.prompts(whole)
     check_vectors(engine, vectors, len(patched_prompts))
     few_shot_ids, ids = encode(engine, whole, 1), encode(engine, patched_prompts, 1)
-    edits = edits_for(engine, patched_prompts, ids, vectors, layer, placement)
+    edits = edits_for(engine, patched_prompts, ids, vectors, layer, placed)
     numbers = range(len(whole))
     few_shot = finite_logits(engine, next_logits(engine, few_shot_ids, Edits()), numbers).log_softmax(dim=-1)
     patched = finite_logits(engine, next_logits(engine, ids, edits), numbers).log_softmax(dim=-1)

@@ -1,7 +1,8 @@
 """Where a vector is written into a model, and how.
 
-    set    activation[row, position] = value
-    add    activation[row, position] = activation[row, position] + value
+    set       activation[row, position] = value
+    add       activation[row, position] = activation[row, position] + value
+    rotate    activation[row, position] is turned toward value and keeps its length
 
 A `Site` is an activation that every block has. An `Edit` is one write into one site of one layer, for some rows of a
 batch; `Edits` are all the writes of a batch. Engines apply them, and methods and evaluations only ever build them.
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from tv_lens.errors import TvLensError
 
-Op = Literal["set", "add"]
+Op = Literal["set", "add", "rotate"]
 
 # Which tokens of a prompt are written to or read from; see `tv_lens.text.positions_of`.
 Role = Literal["last", "separators", "outputs", "query", "all"]
@@ -66,12 +67,24 @@ class Head(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class LinearMap:
+    """A linear map from an activation to what is added to it, as two factors: x -> (x inward^T) outward."""
+
+    inward: Float[Tensor, "rank width"]
+    outward: Float[Tensor, "rank width"]
+
+
+@dataclass(frozen=True, eq=False)
 class Edit:
     """One vector per row, written into one site of one layer at one position.
 
     `value[i]` is written into row `rows[i]` of the batch. `position` counts from the end of the prompt, -1 is its last
     token. `head` picks one head of a per-head site. With `every_step` the vector is written again at each generated
-    token. With `keep_norm` the result of an addition is rescaled to the length that the activation had.
+    token. With `keep_norm` the result of an addition is rescaled to the length that the activation had. With `linear`
+    an addition also adds this function of the activation, so that it depends on the prompt.
+
+    "rotate" turns the activation x toward `value`, which has the length of the strength, and keeps its length
+    (Liu et al. 2024, section 3, and its code): |x| unit(unit(x) + (1 + max(0, -cos(x, value))) value).
 
     Raises:
         TvLensError: the parts do not fit together.
@@ -86,6 +99,7 @@ class Edit:
     head: int | None = None
     every_step: bool = False
     keep_norm: bool = False
+    linear: LinearMap | None = None
 
     def __post_init__(self) -> None:
         if self.value.ndim != 2 or self.rows.ndim != 1 or len(self.value) != len(self.rows) or not len(self.rows):
@@ -100,11 +114,15 @@ class Edit:
                 f"position is {self.position}; positions count from the end of the prompt, -1 is the last"
             )
         if self.layer < 0 or self.op not in get_args(Op):
-            raise TvLensError(f"layer {self.layer}, op {self.op!r}: a layer is 0 or more, an op is 'set' or 'add'")
+            raise TvLensError(
+                f"layer {self.layer}, op {self.op!r}: a layer is 0 or more, an op is {', '.join(get_args(Op))}"
+            )
         if self.head is not None and not self.site.per_head:
             raise TvLensError(f"{self.site} has no heads; leave head out, or use site=HEADS")
         if self.keep_norm and self.op != "add":
             raise TvLensError("keep_norm rescales the result of an addition; use op='add'")
+        if self.linear is not None and (self.op != "add" or self.head is not None):
+            raise TvLensError("a linear function of an activation is added to all of it; use op='add' and no head")
 
     def keep(self, index_of: Int[Tensor, " all"]) -> Edit | None:
         """The edit for a smaller batch: row `r` becomes `index_of[r]`, or is dropped if that is negative."""
@@ -226,7 +244,8 @@ def _check_sets(edits: Iterable[Edit]) -> None:
 
 @dataclass(frozen=True)
 class Write:
-    """How vectors are written: `overwrite`, or what `add` returns. The strength multiplies the vector.
+    """How vectors are written: `overwrite`, or what `add` and `rotate` return. The strength multiplies the vector; a
+    rotation's is the length of the vector that is added to the activation's direction.
 
     Raises:
         TvLensError: a strength that is not finite.
@@ -263,6 +282,34 @@ def add(strength: float = 1.0, *, every_step: bool = False, keep_norm: bool = Fa
     'add(4, every_step=True)'
     """
     return Write("add", float(strength), every_step, keep_norm)
+
+
+def rotate(strength: float = 0.1, *, every_step: bool = True) -> Write:
+    """Turn the activation toward the vector and keep its length; the vector's own length does not matter (Liu et al.
+    2024, in-context vectors). With `every_step` generated tokens are turned, too.
+
+    >>> str(rotate(0.1))
+    'rotate(0.1, every_step=True)'
+    """
+    return Write("rotate", float(strength), every_step)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How vectors are meant to be written, if the caller does not say otherwise.
+
+    `positions`, `strength`, `every_step` and `keep_demonstrations` are defaults of the keywords of `patch_generate`.
+    With `per_position` the vectors belong to the positions, one to each in order, instead of to the prompts. `span`
+    says which layers a layer `l` stands for: "one" for itself, "up to" for it and all layers with vectors below it.
+    "together" is the same, for vectors that were made for all their layers at once, so that only the last is tried.
+    """
+
+    positions: Positions = "last"
+    strength: float = 1.0
+    every_step: bool = False
+    keep_demonstrations: bool = False
+    per_position: bool = False
+    span: Literal["one", "up to", "together"] = "one"
 
 
 @dataclass(frozen=True)

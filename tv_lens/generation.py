@@ -113,8 +113,8 @@ def patch_generate(  # noqa: PLR0913 - its options are keywords
     layer: LayerChoice,
     *,
     how: Write | None = None,
-    positions: Positions = "last",
-    keep_demonstrations: bool = False,
+    positions: Positions | None = None,
+    keep_demonstrations: bool | None = None,
     max_new_tokens: int = 8,
     sampler: Sampler = greedy,
 ) -> Completions:
@@ -127,23 +127,25 @@ def patch_generate(  # noqa: PLR0913 - its options are keywords
 
     Args:
         layer: the block whose output is written to: one for all prompts, one for each, or `layers(3, 7, 12)` for
-            several at once.
-        how: `overwrite`, or `add(strength, every_step=, keep_norm=)`; None writes the vectors the way they are meant.
+            several at once. Vectors that are meant for several layers (`usage.span`) are written up to the one given.
+        how: `overwrite`, `add(strength, every_step=, keep_norm=)` or `rotate(strength)`; None writes the vectors the
+            way they are meant.
         positions: where in the prompt: "last", "separators", "outputs", "query", "all", or negative numbers that count
-            from its end. `show_tokens` shows what each of these touches.
-        keep_demonstrations: run the whole prompts.
+            from its end. `show_tokens` shows what each of these touches. None: where the vectors are meant to be
+            written, for most of them "last".
+        keep_demonstrations: whether to run the whole prompts. None: False, unless the vectors are meant for them.
 
     Raises:
         TvLensError: no prompts, vectors of other sizes than the model's or another number, a layer or position out of
             range, a prompt that leaves no room for the new tokens, or a model that cannot be patched.
         EngineError: the model's logits are NaN or infinite.
     """
-    engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations)
-    inputs = placement.prompts(as_prompts(prompts))
+    engine, placed = engine_for(model), Placement(how, positions, keep_demonstrations).of(vectors)
+    inputs = placed.prompts(as_prompts(prompts))
     check_vectors(engine, vectors, len(inputs))
     check_new_tokens(engine, max_new_tokens)
     ids = encode(engine, inputs, max_new_tokens)
-    edits = edits_for(engine, inputs, ids, vectors, layer, placement)
+    edits = edits_for(engine, inputs, ids, vectors, layer, placed)
     [answers] = answer(engine, inputs, ids, [edits], max_new_tokens, sampler)
     return completions(engine, answers)
 
@@ -155,8 +157,8 @@ def patched_logits(
     layer: LayerChoice,
     *,
     how: Write | None = None,
-    positions: Positions = "last",
-    keep_demonstrations: bool = False,
+    positions: Positions | None = None,
+    keep_demonstrations: bool | None = None,
 ) -> Float[Tensor, "prompt d_vocab"]:
     """Next-token logits after the queries alone with task vectors written in, as in `patch_generate`; float32, on the
     CPU.
@@ -164,11 +166,11 @@ def patched_logits(
     Raises:
         TvLensError: as `patch_generate`.
     """
-    engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations)
-    inputs = placement.prompts(as_prompts(prompts))
+    engine, placed = engine_for(model), Placement(how, positions, keep_demonstrations).of(vectors)
+    inputs = placed.prompts(as_prompts(prompts))
     check_vectors(engine, vectors, len(inputs))
     ids = encode(engine, inputs, 1)
-    return next_logits(engine, ids, edits_for(engine, inputs, ids, vectors, layer, placement))
+    return next_logits(engine, ids, edits_for(engine, inputs, ids, vectors, layer, placed))
 
 
 def encode(engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:

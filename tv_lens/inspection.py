@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from tv_lens.display import figure, html_table
 from tv_lens.edits import Positions
 from tv_lens.engines import Model, ModelInfo, engine_for
-from tv_lens.patching import Placement
 from tv_lens.prompts import Prompt, as_prompts
 
 if TYPE_CHECKING:
@@ -66,7 +65,8 @@ def show_tokens(
         TvLensError: a prompt without tokens, or one that lacks the positions.
     """
     engine = engine_for(model)
-    [shown] = Placement(positions=positions, keep_demonstrations=keep_demonstrations).prompts(as_prompts([prompt]))
+    [given] = as_prompts([prompt])
+    shown = given if keep_demonstrations else given.zero_shot()
     [ids] = engine.text.encode([shown.text])
     edited = set(engine.text.positions(shown, ids, positions, 0))
     numbers = range(-len(ids), 0)

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import index
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
+from torch.nn.functional import normalize
 
 from tv_lens.edits import Edit, Edits, Layers, Positions, Write
 from tv_lens.engines import Capability, Engine
@@ -27,20 +28,47 @@ LayerChoice: TypeAlias = int | Sequence[int] | Layers
 class Placement:
     """Where and how vectors are written: the keywords that all patching functions share.
 
-    `how=None` writes them the way they are meant: hidden states overwrite, differences are added.
+    None is the way that the vectors are meant: hidden states overwrite, differences are added (`TaskVectors.usage`).
     """
 
     how: Write | None = None
-    positions: Positions = "last"
-    keep_demonstrations: bool = False
+    positions: Positions | None = None
+    keep_demonstrations: bool | None = None
+
+    def of(self, vectors: TaskVectors) -> Placed:
+        """The same, with what is meant for these vectors in place of None.
+
+        Raises:
+            TvLensError: `vectors` are something else.
+        """
+        check_type(vectors)
+        usage, keep = vectors.usage, self.keep_demonstrations
+        return Placed(
+            vectors.write if self.how is None else self.how,
+            usage.positions if self.positions is None else self.positions,
+            usage.keep_demonstrations if keep is None else keep,
+        )
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where and how certain vectors are written."""
+
+    write: Write
+    positions: Positions
+    keep_demonstrations: bool
 
     def prompts(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts as they are run: the queries alone, unless the demonstrations are kept."""
         return list(prompts) if self.keep_demonstrations else [prompt.zero_shot() for prompt in prompts]
 
-    def write(self, vectors: TaskVectors) -> Write:
-        """How these vectors are written."""
-        return Write(vectors.op) if self.how is None else self.how
+
+def check_type(vectors: TaskVectors) -> None:
+    """Raise TvLensError unless `vectors` are task vectors."""
+    if not isinstance(vectors, TaskVectors):
+        raise TvLensError(
+            f"vectors are a {type(vectors).__name__}; pass the TaskVectors themselves, the layer is chosen by `layer`"
+        )
 
 
 def check_vectors(engine: Engine, vectors: TaskVectors, n: int) -> None:
@@ -50,13 +78,10 @@ def check_vectors(engine: Engine, vectors: TaskVectors, n: int) -> None:
         TvLensError: vectors of other sizes than the model's or another number, or an engine that cannot write.
     """
     engine.require(Capability.PATCH)
-    if not isinstance(vectors, TaskVectors):
-        raise TvLensError(
-            f"vectors are a {type(vectors).__name__}; pass the TaskVectors themselves, the layer is chosen by `layer`"
-        )
+    check_type(vectors)
     engine.require_site(vectors.site)
     vectors.check_fits(engine.name, engine.n_layers, engine.info.width(vectors.site))
-    if len(vectors) not in (1, n):
+    if len(vectors) not in (1, n) and not vectors.usage.per_position:
         raise TvLensError(
             f"{len(vectors)} vectors for {n} prompts; give one for each prompt, or one for all with vectors.mean()"
         )
@@ -73,7 +98,7 @@ def edits_for(
     ids: Sequence[Sequence[int]],
     vectors: TaskVectors,
     layer: LayerChoice,
-    placement: Placement,
+    placed: Placed,
 ) -> Edits:
     """What is written into each of `prompts`, which are given as they are run, with their token ids.
 
@@ -83,23 +108,39 @@ def edits_for(
         TvLensError: a layer out of range or without a vector, a position that a prompt does not have, or an engine that
             cannot write so.
     """
-    n, write = len(prompts), placement.write(vectors)
-    _check_write(engine, write, placement.positions)
-    rows_at: dict[tuple[int, bool], list[int]] = {}
+    n, write, named = len(prompts), placed.write, placed.positions
+    _check_write(engine, write, named, vectors)
+    cells: dict[_Cell, list[int]] = {}
     for i, (prompt, own) in enumerate(zip(prompts, ids, strict=True)):
-        positions = engine.text.positions(prompt, own, placement.positions, i)
-        for position in positions:
+        positions = engine.text.positions(prompt, own, named, i)
+        if vectors.usage.per_position and len(positions) != len(vectors):
+            raise TvLensError(
+                f"{vectors!r} are for {len(vectors)} positions and prompt {i} has {len(positions)} for {named!r}; use "
+                "prompts with as many demonstrations as those that the vectors are from"
+            )
+        for j, position in enumerate(positions):
             # Generated tokens continue the last of the positions.
             every_step = write.every_step and position == positions[-1]
-            rows_at.setdefault((position, every_step), []).append(i)
+            cell = _Cell(position, every_step, j if vectors.usage.per_position else None)
+            cells.setdefault(cell, []).append(i)
     edits = []
     for number, members in _rows_by_layer(layer, n, vectors, engine).items():
-        for (position, every_step), rows in rows_at.items():
+        for cell, rows in cells.items():
             chosen = rows if members is None else [row for row in rows if row in members]
             if chosen:
-                edit = _edit(vectors, number, chosen, position, every_step, write)
+                edit = _edit(vectors, number, chosen, cell, write)
                 edits += _by_head(edit, vectors) if vectors.heads else [edit]
     return Edits(edits)
+
+
+class _Cell(NamedTuple):
+    """Where several prompts are written to: a position, whether its write is repeated at generated tokens, and which
+    vector is written, if that depends on the position.
+    """
+
+    position: int
+    every_step: bool
+    vector: int | None
 
 
 def _by_head(edit: Edit, vectors: TaskVectors) -> list[Edit]:
@@ -108,25 +149,39 @@ def _by_head(edit: Edit, vectors: TaskVectors) -> list[Edit]:
     return [replace(edit, value=by_head[head], head=head) for layer, head in vectors.heads if layer == edit.layer]
 
 
-def _edit(vectors: TaskVectors, layer: int, rows: Sequence[int], position: int, every_step: bool, write: Write) -> Edit:
-    index_of_rows = torch.tensor(list(rows), dtype=torch.long, device="cpu")
-    values = vectors.values[:, vectors.layers.index(layer)]
+def _edit(vectors: TaskVectors, layer: int, rows: Sequence[int], cell: _Cell, write: Write) -> Edit:
+    index_of_rows, slot = torch.tensor(list(rows), dtype=torch.long, device="cpu"), vectors.layers.index(layer)
+    values = vectors.values[:, slot]
+    if cell.vector is not None:
+        values = values[[cell.vector]]
     chosen = values.expand(len(rows), -1) if len(values) == 1 else values[index_of_rows]
+    if write.op == "rotate":
+        chosen = normalize(chosen, dim=-1)
+    linear = None if vectors.maps is None else vectors.maps.at(slot)
+    if linear is not None and write.strength != 1:
+        linear = replace(linear, outward=linear.outward * write.strength)
     return Edit(
         value=chosen if write.strength == 1 else chosen * write.strength,
         rows=index_of_rows,
         layer=layer,
         site=vectors.site,
-        position=position,
+        position=cell.position,
         op=write.op,
-        every_step=every_step,
+        every_step=cell.every_step,
         keep_norm=write.keep_norm,
+        linear=linear,
     )
 
 
-def _check_write(engine: Engine, write: Write, positions: Positions) -> None:
+def _check_write(engine: Engine, write: Write, positions: Positions, vectors: TaskVectors) -> None:
     if write.op == "add":
         engine.require(Capability.ADD)
+    if write.op == "rotate":
+        engine.require(Capability.ROTATE)
+    if vectors.maps is not None:
+        engine.require(Capability.LINEAR)
+        if write.op != "add":
+            raise TvLensError(f"{vectors!r} is a linear function that is added; use how=add(strength)")
     if write.keep_norm:
         engine.require(Capability.KEEP_NORM)
     if positions != "last":
@@ -141,7 +196,12 @@ def _rows_by_layer(
         by_layer: dict[int, frozenset[int] | None] = dict.fromkeys(layer)
     else:
         chosen = _numbers(layer, n)
-        if isinstance(chosen, int):
+        if vectors.usage.span != "one":
+            if not isinstance(chosen, int):
+                raise TvLensError(f"{vectors!r} are written at several layers at once; give one layer for all prompts")
+            check_layer(chosen, engine.n_layers, engine.name)
+            by_layer = dict.fromkeys(vectors.written_with(chosen) or (chosen,))
+        elif isinstance(chosen, int):
             by_layer = {chosen: None}
         else:
             by_layer = {

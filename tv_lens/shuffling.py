@@ -31,6 +31,22 @@ def shuffle_outputs(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
     return mixed
 
 
+def shuffle_answers(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """The prompts with their answers permuted among them, so that no prompt keeps its own and as few as possible are
+    still correct: labels without a task, for a method that learns from answers.
+
+    Raises:
+        TvLensError: fewer than two prompts, or a prompt without an answer.
+    """
+    answers = [prompt.answer for prompt in prompts]
+    if len(answers) < 2 or None in answers:
+        raise TvLensError(f"{len(answers)} prompts, {answers.count(None)} of them without an answer, to permute")
+    known = [answer for answer in answers if answer is not None]
+    order = random.Random(f"shuffle answers:{seed}").sample(range(len(known)), len(known))
+    chosen = _fewest_correct(known, order)
+    return [replace(prompt, answer=known[chosen[i]]) for i, prompt in enumerate(prompts)]
+
+
 def without_demonstrations(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
     """The queries alone, as another kind of corruption; the seed changes nothing."""
     return [prompt.zero_shot() for prompt in prompts]

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import safetensors
 import safetensors.torch
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tv_lens.edits import RESID_POST, SITES, Head, Op, Site
+from tv_lens.edits import RESID_POST, SITES, Head, Op, Positions, Site, Usage
 from tv_lens.errors import TvLensError
 from tv_lens.files import from_json, to_json, typed
 from tv_lens.prompts import format_from_dict
@@ -43,6 +43,24 @@ class Content:
     n_layers: int
     n_heads: int = 0
     heads: tuple[Head, ...] = ()
+    usage: Usage = field(default_factory=Usage)
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+# The tensors of linear maps, beside the vectors themselves.
+_MAPS = ("inward", "lengths", "outward")
+
+
+@dataclass(frozen=True)
+class _Usage:
+    """`Usage` in a header, with positions as JSON has them."""
+
+    positions: str | tuple[int, ...] = "last"
+    strength: float = 1.0
+    every_step: bool = False
+    keep_demonstrations: bool = False
+    per_position: bool = False
+    span: Literal["one", "up to", "together"] = "one"
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,7 @@ class _Header:
     terms: tuple[Term, ...] = ()
     n_heads: int = 0
     heads: tuple[tuple[int, int], ...] = ()
+    usage: _Usage = field(default_factory=_Usage)
     sha256: str | None = None
 
 
@@ -84,10 +103,13 @@ def encode(content: Content) -> bytes:
     }
     if content.n_heads:
         header |= {"n_heads": content.n_heads, "heads": [list(head) for head in content.heads]}
-    header["sha256"] = _digest(header, content.values)
+    if content.usage != Usage():
+        header["usage"] = asdict(content.usage)
+    tensors = {name: tensor.contiguous() for name, tensor in {"values": content.values, **content.maps}.items()}
+    header["sha256"] = _digest(header, tensors)
     # One entry: safetensors would write several in another order each time.
     metadata = {"tv_lens": to_json(header).decode()}
-    return safetensors.torch.save({"values": content.values.contiguous()}, metadata)
+    return safetensors.torch.save(tensors, metadata)
 
 
 def read(path: Path) -> Content:
@@ -104,10 +126,10 @@ def read(path: Path) -> Content:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
-            values = file.get_tensor("values") if "values" in names else None
+            tensors = {name: file.get_tensor(name) for name in names if name in ("values", *_MAPS)}
     except safetensors.SafetensorError as error:
         raise TvLensError(f"{path}: not a safetensors file, or cut short ({error})") from error
-    if "tv_lens" not in metadata or values is None:
+    if "tv_lens" not in metadata or "values" not in tensors:
         raise TvLensError(f"{path}: a safetensors file, but not one of task vectors (it holds {names})")
     try:
         raw = from_json(metadata["tv_lens"])
@@ -117,10 +139,14 @@ def read(path: Path) -> Content:
         raise NewerFormatError(f"{path}: {error}") from error
     except TvLensError as error:
         raise TvLensError(f"{path}: its header has been changed and cannot be read ({error})") from error
-    if values.dtype != torch.float32 or values.ndim != 3:
+    values = tensors["values"]
+    if any(tensor.dtype != torch.float32 for tensor in tensors.values()) or values.ndim != 3:
         raise TvLensError(f"{path}: holds {values.dtype} of shape {tuple(values.shape)}, not task vectors")
+    maps = {name: tensors[name] for name in _MAPS if name in tensors}
+    if len(maps) not in (0, len(_MAPS)):
+        raise TvLensError(f"{path}: its linear maps are incomplete: {sorted(maps)}")
     # A header that was edited on purpose has no checksum.
-    if header.sha256 not in (None, _digest(raw, values)):
+    if header.sha256 not in (None, _digest(raw, tensors)):
         raise TvLensError(f"{path}: damaged: its content does not match its checksum; copy or extract it again")
     provenance = Provenance(
         model=header.model,
@@ -136,8 +162,9 @@ def read(path: Path) -> Content:
         terms=header.terms,
     )
     heads = tuple(Head(*pair) for pair in header.heads)
-    layout = (SITES[header.site], header.op, header.layers, header.n_layers, header.n_heads, heads)
-    return Content(values, provenance, *layout)
+    usage = Usage(**{**vars(header.usage), "positions": cast(Positions, header.usage.positions)})
+    layout = (SITES[header.site], header.op, header.layers, header.n_layers, header.n_heads, heads, usage)
+    return Content(values, provenance, *layout, maps=maps)
 
 
 def _header(raw: Any) -> _Header:
@@ -153,11 +180,14 @@ def _header(raw: Any) -> _Header:
     return header
 
 
-def _digest(header: Mapping[str, Any], values: Float[Tensor, "prompt layer width"]) -> str:
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """A checksum of the numbers and their provenance, which detects damaged copies."""
-    numbers = values.contiguous().view(torch.uint8).numpy().tobytes()
     named = {name: value for name, value in header.items() if name != "sha256"}
-    return hashlib.sha256(to_json([named, list(values.shape)]) + numbers).hexdigest()
+    digest = hashlib.sha256(to_json([named, list(tensors["values"].shape)]))
+    for name in ("values", *_MAPS):
+        if name in tensors:
+            digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def upload(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tv_lens.display import html_table
-from tv_lens.edits import RESID_POST, Head, Op, Site
+from tv_lens.edits import RESID_POST, Head, LinearMap, Op, Site, Usage, Write
 from tv_lens.errors import TvLensError
 from tv_lens.files import write_whole
 from tv_lens.prompts import PromptFormat
@@ -27,12 +27,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
+class LinearMaps:
+    """For each layer a linear function of the activation, which is added together with the vector: x -> (x inward^T)
+    outward. `lengths` are the mean lengths of all that is added, on the prompts that it was made of.
+    """
+
+    inward: Float[Tensor, "layer rank width"]
+    outward: Float[Tensor, "layer rank width"]
+    lengths: Float[Tensor, " layer"]
+
+    def at(self, index: int) -> LinearMap:
+        """The function of the layer at this place in the vectors' `layers`."""
+        return LinearMap(self.inward[index], self.outward[index])
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class TaskVectors:
     """One vector per prompt and layer, with their provenance.
 
     `values[i, j]` belongs to prompt `i` and layer `layers[j]`, which is every layer unless the method made vectors for
     some only; float32, on the CPU, in the units of the `site` they are written to. `op` is how they are meant to be
-    written: hidden states overwrite ("set"), differences and learned vectors are added ("add").
+    written: hidden states overwrite ("set"), differences and learned vectors are added ("add"). `usage` is the rest of
+    it: at which positions, at which steps, with which strength. With `maps` a linear function of the activation is
+    added as well (`linear_vector`).
 
     At a per-head site the vectors are the outputs of `n_heads` heads one after the other. If `heads` lists (layer,
     head) pairs, only these heads are written and all others are left as they are.
@@ -69,6 +86,8 @@ class TaskVectors:
     terms: tuple[Term, ...] = field(default=(), kw_only=True)
     n_heads: int = field(default=0, kw_only=True)
     heads: tuple[Head, ...] = field(default=(), kw_only=True)
+    usage: Usage = field(default=Usage(), kw_only=True)
+    maps: LinearMaps | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.values.ndim != 3 or not len(self.values):
@@ -93,6 +112,8 @@ class TaskVectors:
         object.__setattr__(self, "heads", tuple(Head(*pair) for pair in self.heads))
         if self.heads:
             check_heads(self.heads, self.layers, self.n_heads, self.model)
+        if self.maps is not None:
+            self._check_maps(self.maps)
         broken = (~self.values.isfinite()).any(dim=-1).nonzero()
         if len(broken):
             prompt, index = broken[0].tolist()
@@ -100,6 +121,16 @@ class TaskVectors:
                 f"the vector of prompt {prompt} at layer {self.layers[index]} of {self.model} holds NaN or infinity "
                 f"(and {len(broken) - 1} more do); a half-precision model may overflow, run it in float32 or bfloat16"
             )
+
+    def _check_maps(self, maps: LinearMaps) -> None:
+        shape = (len(self.layers), maps.inward.shape[1], self.width)
+        if not maps.inward.shape == maps.outward.shape == shape or self.op != "add" or self.heads:
+            raise TvLensError(
+                f"linear maps of shapes {tuple(maps.inward.shape)} and {tuple(maps.outward.shape)} for "
+                f"{len(self.layers)} layers of width {self.width}, op {self.op!r}; they are added, one for each layer"
+            )
+        if not all(bool(each.isfinite().all()) for each in (maps.inward, maps.outward, maps.lengths)):
+            raise TvLensError(f"the linear maps of {self.task!r} hold NaN or infinity")
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -132,6 +163,17 @@ class TaskVectors:
             width = self.width // self.n_heads
             written[self.layers.index(layer), head * width : (head + 1) * width] = 1
         return written
+
+    @property
+    def write(self) -> Write:
+        """How the vectors are meant to be written."""
+        return Write(self.op, self.usage.strength, self.usage.every_step)
+
+    def written_with(self, layer: int) -> tuple[int, ...]:
+        """The layers that are written to if `layer` is named: itself, or all with vectors up to it (see `Usage`)."""
+        if self.usage.span == "one":
+            return (layer,)
+        return tuple(sorted(each for each in self.layers if each <= layer))
 
     @property
     def width(self) -> int:
@@ -172,7 +214,12 @@ class TaskVectors:
         return self.values[:, self.layers.index(layer)].clone()
 
     def mean(self) -> TaskVectors:
-        """One vector per layer, the average over prompts. It is written into every row it is used on."""
+        """One vector per layer, the average over prompts. It is written into every row it is used on.
+
+        Vectors that belong to positions, and not to prompts, are returned as they are.
+        """
+        if self.usage.per_position:
+            return self
         return replace(
             self,
             values=self.values.mean(dim=0, keepdim=True),
@@ -202,9 +249,13 @@ class TaskVectors:
             return NotImplemented
         if not math.isfinite(factor):
             raise TvLensError(f"{factor} times a vector is not a vector; multiply by a finite number")
+        maps = self.maps
+        if maps is not None:
+            maps = replace(maps, outward=maps.outward * factor, lengths=maps.lengths * abs(factor))
         return replace(
             self,
             values=self.values * factor,
+            maps=maps,
             task=f"{factor} * {self._term(self.task)}",
             method=f"{factor} * {self._term(self.method)}",
             terms=tuple(replace(term, factor=term.factor * factor) for term in self.terms),
@@ -218,6 +269,10 @@ class TaskVectors:
 
     def _sum(self, other: TaskVectors, sign: int) -> TaskVectors:
         self.check_same_model(other)
+        if self.maps is not None or other.maps is not None:
+            raise TvLensError("linear vectors depend on the prompt and cannot be summed; multiply them, or sum others")
+        if self.usage.per_position != other.usage.per_position:
+            raise TvLensError("vectors of positions and of prompts cannot be summed")
         if len(self) != len(other) and 1 not in (len(self), len(other)):
             raise TvLensError(
                 f"{len(self)} and {len(other)} vectors cannot be paired; take as many prompts for both, or the "
@@ -237,6 +292,7 @@ class TaskVectors:
             prepend_bos=self.prepend_bos if self.prepend_bos == other.prepend_bos else None,
             versions=merged_versions(self.versions, other.versions),
             op=self.op if self.op == other.op else "add",
+            usage=self.usage if self.usage == other.usage else Usage(per_position=self.usage.per_position),
             options=self.options if self.options == other.options else {},
             bos=self.bos if self.bos == other.bos else None,
             terms=self.terms + tuple(replace(term, factor=sign * term.factor) for term in other.terms),
@@ -277,7 +333,7 @@ class TaskVectors:
             "task": self.task,
             "model": self.model,
             "vectors": f"{len(self)}, of {layers} and d_model {self.width}",
-            "site": f"{self.site}, {'overwrites' if self.op == 'set' else 'is added'}",
+            "site": f"{self.site}, {_WRITTEN[self.op]}{self._usage_text()}",
             "method": self.method,
             "read from": f"{len(self.prompts)} prompts, {sum(map(len, self.substitutes))} substitute queries",
             "template": "" if self.template is None else repr(self.template),
@@ -285,6 +341,14 @@ class TaskVectors:
             "versions": ", ".join(f"{name} {number}" for name, number in self.versions.items()),
         }
         return html_table(pd.DataFrame({"": rows.keys(), "value": rows.values()}), "task vectors")
+
+    def _usage_text(self) -> str:
+        """What is unusual about how the vectors are meant to be written."""
+        default = Usage()
+        differing = {name: value for name, value in vars(self.usage).items() if value != vars(default)[name]}
+        if self.maps is not None:
+            differing["rank"] = self.maps.inward.shape[1]
+        return "".join(f", {name} {value}" for name, value in differing.items())
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the provenance as JSON in its header, whole or not at all.
@@ -296,8 +360,10 @@ class TaskVectors:
         write_whole(path, self._content())
 
     def _content(self) -> bytes:
-        layout = (self.site, self.op, self.layers, self.n_layers, self.n_heads, self.heads)
-        return encode(Content(self.values, self.provenance, *layout))
+        layout = (self.site, self.op, self.layers, self.n_layers, self.n_heads, self.heads, self.usage)
+        maps = self.maps
+        factors = {} if maps is None else {"inward": maps.inward, "outward": maps.outward, "lengths": maps.lengths}
+        return encode(Content(self.values, self.provenance, *layout, maps=factors))
 
     @classmethod
     def load(cls, path: str | Path) -> TaskVectors:
@@ -329,6 +395,8 @@ class TaskVectors:
                 terms=source.terms,
                 n_heads=content.n_heads,
                 heads=content.heads,
+                usage=content.usage,
+                maps=LinearMaps(**content.maps) if content.maps else None,
             )
         except TvLensError as error:
             raise TvLensError(f"{path}: {error}") from error
@@ -392,6 +460,9 @@ class TaskVectors:
             )
 
 
+_WRITTEN = {"set": "overwrites", "add": "is added", "rotate": "turns the activation"}
+
+
 def check_heads(heads: Sequence[Head], layers: Sequence[int], n_heads: int, model: str) -> None:
     """Raise TvLensError unless these are different heads of the model, in layers that have heads."""
     for pair in heads:
@@ -414,10 +485,24 @@ def depth(layer: int, n_layers: int) -> float:
     return (layer + 1) / n_layers
 
 
+def layers_text(layers: int | Sequence[int]) -> str:
+    """Layers in few characters: "7", "3, 7" or "0-12, 20"."""
+    if isinstance(layers, int):
+        return str(layers)
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return ", ".join(parts)
+
+
 def layer_label(layer: int | tuple[int, ...], n_layers: int | None) -> str:
     """The layer in words, with its depth if the model's is known; or several layers."""
     if not isinstance(layer, int):
-        return f"layers {', '.join(map(str, layer))}"
+        return f"layers {layers_text(layer)}"
     return f"layer {layer}" + ("" if n_layers is None else f" (depth {depth(layer, n_layers):.2f})")
 
 

@@ -33,6 +33,9 @@ class Capability(Enum):
     PATCH = "write a vector into a prompt"
     ADD = "add a vector to an activation"
     KEEP_NORM = "rescale an activation after an addition"
+    ROTATE = "turn an activation toward a vector"
+    LINEAR = "add a linear function of an activation"
+    LOGITS = "give logits after several positions"
     POSITIONS = "write or read at several positions of a prompt"
     CONTINUE = "generate more than one token"
     GRADIENTS = "give gradients"
@@ -88,11 +91,11 @@ class Tokens:
 class Pass:
     """What came out of one forward pass.
 
-    `logits` are those after the last position, None if none were asked for. `reads` hold the sites asked for; their
-    layer axis follows `Engine.layers_of(site)`.
+    `logits` are those after the last position, or after each of the last positions if a number of them was asked for;
+    None if none were. `reads` hold the sites asked for; their layer axis follows `Engine.layers_of(site)`.
     """
 
-    logits: Float[Tensor, "batch d_vocab"] | None = None
+    logits: Float[Tensor, "batch *pos d_vocab"] | None = None
     reads: Mapping[Site, Float[Tensor, "batch layer width"]] = field(default_factory=dict)
     past: Past = None
 
@@ -126,7 +129,7 @@ class Engine(ABC):
         read: Sequence[Site] = (),
         weights: Float[Tensor, "batch window"] | None = None,
         past: Past = None,
-        logits: bool = True,
+        logits: bool | int = True,
         keep_past: bool = True,
         grad: bool = False,
     ) -> Pass:
@@ -138,7 +141,8 @@ class Engine(ABC):
             weights: how much each of the last `window` positions counts in a read, which is then their weighted sum;
                 None reads the last position alone.
             past: what an earlier pass returned. It is consumed; fork it first to use it again.
-            logits: whether to compute next-token logits (float32).
+            logits: whether to compute the logits (float32) after the last position, or after each of how many of the
+                last positions.
             keep_past: whether the pass will be continued.
             grad: whether to keep the graph, so that gradients reach the edits' values. Parameters never get any.
         """
@@ -268,7 +272,7 @@ class StatelessEngine(Engine):
         edits: Edits,
         read: Sequence[Site],
         weights: Float[Tensor, "batch window"] | None,
-        logits: bool,
+        logits: bool | int,
         grad: bool,
     ) -> Pass:
         """Run whole rows, with all edits made in them so far. The arguments are those of `forward`."""
@@ -281,7 +285,7 @@ class StatelessEngine(Engine):
         read: Sequence[Site] = (),
         weights: Float[Tensor, "batch window"] | None = None,
         past: Past = None,
-        logits: bool = True,
+        logits: bool | int = True,
         keep_past: bool = True,
         grad: bool = False,
     ) -> Pass:

@@ -6,14 +6,15 @@ The axes after the position are one axis here: a per-head site is n_heads * d_he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
 
-from tv_lens.edits import Edit, Op
+from tv_lens.edits import Edit, LinearMap, Op
 from tv_lens.errors import EngineError
 
 
@@ -27,6 +28,7 @@ class _Step:
     op: Op
     heads: Int[Tensor, " cell"] | None
     keep_norm: bool
+    linear: LinearMap | None
 
     def apply(self, activation: Float[Tensor, "batch pos width"], d_head: int) -> None:
         target = activation
@@ -37,13 +39,40 @@ class _Step:
         values = self.values.to(activation)
         if self.op == "set":
             target[tuple(cells)] = values
-        elif self.keep_norm:
+        elif self.stands_alone:
             before = target[tuple(cells)]
-            after = before + values
-            scale = before.norm(dim=-1, keepdim=True) / after.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            target[tuple(cells)] = after * scale
+            target[tuple(cells)] = self.changed(before, values)
         else:
             target.index_put_(tuple(cells), values, accumulate=True)
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether what is written depends on what was there, so that it cannot be joined with another write."""
+        return self.op == "rotate" or self.keep_norm or self.linear is not None
+
+    def joins(self, other: _Step) -> bool:
+        """Whether the two can be written at once."""
+        alike = (self.op, self.heads is None) == (other.op, other.heads is None)
+        return alike and not self.stands_alone and not other.stands_alone
+
+    def changed(
+        self, before: Float[Tensor, "cell width"], values: Float[Tensor, "cell width"]
+    ) -> Float[Tensor, "cell width"]:
+        """What is written over `before`."""
+        if self.op == "rotate":
+            opposed = -cosine_similarity(before, values, dim=-1)
+            turned = normalize(before, dim=-1) + (1 + opposed.clamp_min(0))[:, None] * values
+            rotated: Tensor = normalize(turned, dim=-1) * before.norm(dim=-1, keepdim=True)
+            return rotated
+        after = before + values
+        if self.linear is not None:
+            inward, outward = self.linear.inward.to(before), self.linear.outward.to(before)
+            after = after + before @ inward.T @ outward
+        if not self.keep_norm:
+            return after
+        scale = before.norm(dim=-1, keepdim=True) / after.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        scaled: Tensor = after * scale
+        return scaled
 
 
 def writer(edits: Sequence[Edit], width: int, d_head: int) -> Callable[[Tensor], Tensor]:
@@ -85,29 +114,34 @@ def reader(
 
 def _steps(edits: Sequence[Edit], width: int) -> list[_Step]:
     """The edits in order, neighbors of one kind joined."""
-    joined: list[list[Edit]] = []
+    joined: list[list[_Step]] = []
     for edit in edits:
-        last = joined[-1][-1] if joined else None
-        same = last is not None and (last.op, last.head is None) == (edit.op, edit.head is None)
-        if same and not edit.keep_norm and last is not None and not last.keep_norm:
-            joined[-1].append(edit)
-        else:
-            joined.append([edit])
-    return [
-        _Step(
-            rows=torch.cat([edit.rows for edit in some]),
-            columns=torch.cat([torch.full_like(edit.rows, width + edit.position) for edit in some]),
-            values=torch.cat([edit.value for edit in some]),
-            op=some[0].op,
-            heads=None if some[0].head is None else torch.cat([_heads(edit) for edit in some]),
-            keep_norm=some[0].keep_norm,
+        step = _Step(
+            rows=edit.rows,
+            columns=torch.full_like(edit.rows, width + edit.position),
+            values=edit.value,
+            op=edit.op,
+            heads=None if edit.head is None else torch.full_like(edit.rows, edit.head),
+            keep_norm=edit.keep_norm,
+            linear=edit.linear,
         )
-        for some in joined
-    ]
+        if joined and step.joins(joined[-1][-1]):
+            joined[-1].append(step)
+        else:
+            joined.append([step])
+    return [_as_one(some) for some in joined]
 
 
-def _heads(edit: Edit) -> Int[Tensor, " row"]:
-    return torch.full_like(edit.rows, -1 if edit.head is None else edit.head)
+def _as_one(steps: Sequence[_Step]) -> _Step:
+    """Steps that can be joined, as one."""
+    heads = [step.heads for step in steps if step.heads is not None]
+    return replace(
+        steps[0],
+        rows=torch.cat([step.rows for step in steps]),
+        columns=torch.cat([step.columns for step in steps]),
+        values=torch.cat([step.values for step in steps]),
+        heads=torch.cat(heads) if heads else None,
+    )
 
 
 def _check_width(step: _Step, activation: Tensor, d_head: int) -> None:

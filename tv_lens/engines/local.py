@@ -120,7 +120,7 @@ class LocalEngine(Engine):
         read: Sequence[Site] = (),
         weights: Float[Tensor, "batch window"] | None = None,
         past: Past = None,
-        logits: bool = True,
+        logits: bool | int = True,
         keep_past: bool = True,
         grad: bool = False,
     ) -> Pass:
@@ -232,7 +232,7 @@ class LocalEngine(Engine):
         read: Sequence[Site],
         weights: Float[Tensor, "batch window"] | None,
         past: Past,
-        logits: bool,
+        logits: bool | int,
         keep_past: bool,
         grad: bool,
     ) -> Pass:
@@ -263,7 +263,7 @@ class LocalEngine(Engine):
         if caching:
             self._check_cache(past, tokens.mask.shape[1])
         return Pass(
-            logits=output[:, -1].float() if logits else None,
+            logits=_last_logits(output, logits),
             reads={site: self._stacked(site, by_layer) for site, by_layer in reads.items()},
             past=past if keep_past else None,
         )
@@ -339,15 +339,23 @@ class LocalEngine(Engine):
     def _computing(self, grad: bool) -> Any:
         return computing(torch.device(self.bridge.cfg.device or "cpu"), self.bridge.original_model.parameters(), grad)
 
-    def _logits_to_keep(self, logits: bool) -> dict[str, Any]:
+    def _logits_to_keep(self, logits: bool | int) -> dict[str, Any]:
         if not self._support.keeps_logits:
             return {}
         # A number counts from the end, where 0 would mean all; an empty index makes no logits.
         nothing = torch.empty(0, dtype=torch.long, device=self.bridge.cfg.device)
-        return {"logits_to_keep": 1 if logits else nothing}
+        return {"logits_to_keep": int(logits) if logits else nothing}
 
     def _put(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.bridge.cfg.device)
+
+
+def _last_logits(
+    output: Float[Tensor, "batch pos d_vocab"], logits: bool | int
+) -> Float[Tensor, "batch *pos d_vocab"] | None:
+    if not logits:
+        return None
+    return output[:, -1].float() if logits is True else output[:, -logits:].float()
 
 
 def _as_lens_hook(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Tensor | None]:

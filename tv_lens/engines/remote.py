@@ -92,12 +92,14 @@ class RemoteEngine(StatelessEngine):
         edits: Edits,
         read: Sequence[Site],
         weights: Float[Tensor, "batch window"] | None,
-        logits: bool,
+        logits: bool | int,
         grad: bool,
     ) -> Pass:
         """Send whole rows, with all edits made in them so far."""
         if grad:
             self.require(Capability.GRADIENTS)
+        if not isinstance(logits, bool):
+            self.require(Capability.LOGITS)
         tokens.check_positions(edits)
         rows = [ids[seen.bool()].tolist() for ids, seen in zip(tokens.ids, tokens.mask, strict=True)]
         together = self._facts.batches and not edits
@@ -111,7 +113,7 @@ class RemoteEngine(StatelessEngine):
         )
 
     def _send(
-        self, rows: list[list[int]], edits: Edits, read: Sequence[Site], logits: bool
+        self, rows: list[list[int]], edits: Edits, read: Sequence[Site], logits: bool | int
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Next-token logits of each row, and what was captured of it, unpadded."""
         intervene = self._specs(edits, len(rows[0])) if edits else {}
@@ -121,7 +123,7 @@ class RemoteEngine(StatelessEngine):
             return [output[i, len(row) - 1].float().cpu() for i, row in enumerate(rows)], []
         wanted = [name for site in read for name in self._hooks[site].values()]
         output, cache = self.bridge.run_with_cache(
-            ids, names_filter=wanted, return_cache_object=False, return_logits=logits, intervene=intervene
+            ids, names_filter=wanted, return_cache_object=False, return_logits=bool(logits), intervene=intervene
         )
         missing = set(wanted) - set(cache)
         if missing:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from tv_lens.display import figure, html_table
-from tv_lens.edits import Layers, Write
+from tv_lens.edits import Layers
 from tv_lens.engines import Model, engine_for
 from tv_lens.errors import TvLensError
 from tv_lens.evidence.evaluation import patched_scores, unpatched_score
@@ -162,7 +162,9 @@ def across_conditions(
         asked, judged = condition.prompts(prompts, seed), condition.task(task)
         scores[condition.name] = {PLAIN: unpatched_score(engine, judged, asked, max_new_tokens)}
         for name, placed in vectors.items():
-            write = Write(placed[0].op, every_step=condition.every_step and placed[0].op == "add")
+            meant = placed[0].write
+            every_step = meant.every_step or (condition.every_step and meant.op != "set")
+            write = replace(meant, every_step=every_step)
             placement = Placement(write, keep_demonstrations=True)
             [scored] = patched_scores(engine, judged, asked, [placed], placement, max_new_tokens)
             scores[condition.name][name] = scored

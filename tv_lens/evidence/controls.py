@@ -20,7 +20,6 @@ from tv_lens.methods import Method
 from tv_lens.methods.function_vectors import chosen_heads
 from tv_lens.methods.heads import all_heads, read_heads
 from tv_lens.prompts import Prompt
-from tv_lens.shuffling import shuffle_outputs
 from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors
 
@@ -80,17 +79,17 @@ class OtherTask(Control):
 @dataclass(frozen=True)
 class ShuffledDemonstrations(Control):
     """The vector that the same method makes of the same prompts, with the outputs of each prompt's demonstrations
-    permuted.
+    permuted; for a method that learns from answers, with the answers permuted among the prompts (`Method.shuffled`).
     """
 
     name: ClassVar[str] = "shuffled"
-    description: ClassVar[str] = "the vector of demonstrations with permuted outputs"
+    description: ClassVar[str] = "the vector of demonstrations with permuted outputs, or of permuted answers"
 
     def __call__(self, treatment: Treatment) -> TaskVectors | None:
-        """The mean vector if the task's is one, else one per prompt; None without two demonstrations to permute."""
-        if min(prompt.shots for prompt in treatment.prompts) < 2:
+        """The mean vector if the task's is one, else one per prompt; None if there is nothing to permute."""
+        mixed = treatment.method.shuffled(treatment.prompts, treatment.seed)
+        if mixed is None:
             return None
-        mixed = shuffle_outputs(treatment.prompts, treatment.seed)
         vectors = treatment.method(treatment.engine, treatment.task, mixed, treatment.seed)
         return vectors.mean() if len(treatment.vectors) == 1 else vectors
 
@@ -145,16 +144,25 @@ def check_controls(controls: Sequence[Control]) -> None:
 
 
 def random_like(vectors: TaskVectors, n: int, seed: int) -> TaskVectors:
-    """`n` random vectors, at each layer as long as the given ones: another direction for each prompt."""
+    """`n` random vectors, at each layer as long as the given ones: another direction for each prompt.
+
+    Vectors of positions get another direction for each position. Linear ones get directions as long as what they add
+    on average.
+    """
+    if vectors.usage.per_position:
+        n = len(vectors)
     shape = (n, *vectors.values.shape[1:])
     generator = derive_generator(seed, "random control")
     noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     if vectors.heads:  # in these heads alone
         noise = noise * vectors.written
     length = vectors.values.norm(dim=-1, keepdim=True)
+    if vectors.maps is not None:
+        length = vectors.maps.lengths[None, :, None]
     return replace(
         vectors,
         values=noise / noise.norm(dim=-1, keepdim=True) * length,
+        maps=None,
         task="random",
         prompts=(),
         substitutes=(),

@@ -13,7 +13,7 @@ from tv_lens.evidence.results import Conflict, Evaluation, Score, Sweep
 from tv_lens.generation import Answer, Completions, answer, check_new_tokens, encode
 from tv_lens.methods.base import method_of
 from tv_lens.methods.extraction import Extraction
-from tv_lens.patching import Placement, check_vectors, edits_for
+from tv_lens.patching import Placement, check_type, check_vectors, edits_for
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors, check_layer
@@ -53,8 +53,8 @@ def sweep_layers(  # noqa: PLR0913 - its options are keywords
     layers: Sequence[int] | None = None,
     *,
     how: Write | None = None,
-    positions: Positions = "last",
-    keep_demonstrations: bool = False,
+    positions: Positions | None = None,
+    keep_demonstrations: bool | None = None,
     max_new_tokens: int = 8,
 ) -> Sweep:
     """Score the patched answers to each prompt's query at every layer that has a vector, or at those given (Hendel et
@@ -68,10 +68,16 @@ def sweep_layers(  # noqa: PLR0913 - its options are keywords
     """
     engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations)
     check_prompts(prompts)
-    chosen = swept_layers(engine, layers, vectors.layers)
+    check_type(vectors)
+    chosen = swept_layers(engine, layers, tried_layers(vectors))
     conditions = [(vectors, layer) for layer in chosen]
     scores = patched_scores(engine, task, prompts, conditions, placement, max_new_tokens)
     return Sweep(tuple(chosen), tuple(scores), engine.n_layers)
+
+
+def tried_layers(vectors: TaskVectors) -> tuple[int, ...]:
+    """The layers among which the best is looked for: those with a vector, or the last if all are written at once."""
+    return vectors.layers[-1:] if vectors.usage.span == "together" else vectors.layers
 
 
 def swept_layers(engine: Engine, layers: Sequence[int] | None, with_vectors: Sequence[int]) -> list[int]:
@@ -96,8 +102,8 @@ def evaluate(  # noqa: PLR0913 - its options are keywords
     layer: int | Layers,
     *,
     how: Write | None = None,
-    positions: Positions = "last",
-    keep_demonstrations: bool = False,
+    positions: Positions | None = None,
+    keep_demonstrations: bool | None = None,
     max_new_tokens: int = 8,
     controls: Mapping[str, TaskVectors] | None = None,
     seed: int = 0,
@@ -107,8 +113,8 @@ def evaluate(  # noqa: PLR0913 - its options are keywords
 
     Controls at the same layer: `random`, for each prompt another random direction as long as the vector; `shuffled`,
     the vector that the same method makes of these prompts with their demonstrations' outputs permuted (if they have two
-    or more); and what `controls` names, such as the vectors of another task. The other keywords are those of
-    `patch_generate`.
+    or more; not for a method that learns from answers, which would be trained on test prompts); and what `controls`
+    names, such as the vectors of another task. The other keywords are those of `patch_generate`.
 
     Raises:
         TvLensError: as `patch_generate`, prompts without demonstrations, or a control named like a condition.
@@ -121,8 +127,9 @@ def evaluate(  # noqa: PLR0913 - its options are keywords
     method = method_of(vectors) or Extraction(substitutes=1)
     treatment = Treatment(engine, task, prompts, vectors, method, seed, len(prompts))
     given = controls or {}
+    shuffled = [] if method.uses_answers else [ShuffledDemonstrations()]
     before = {} if "random" in given else control_vectors([RandomDirection()], treatment)
-    after = {} if "shuffled" in given else control_vectors([ShuffledDemonstrations()], treatment)
+    after = {} if "shuffled" in given else control_vectors(shuffled, treatment)
     compared = {**before, **given, **after}
     return evaluate_with(engine, task, prompts, {"patched": vectors, **compared}, layer, placement, max_new_tokens)
 
@@ -144,13 +151,18 @@ def evaluate_with(
     controls = dict(zip(vectors, scores, strict=True))
     patched = controls.pop("patched")
     return Evaluation(
-        layer if isinstance(layer, int) else layer.numbers,
+        _written_layers(vectors["patched"], layer),
         zero_shot=zero_shot,
         few_shot=few_shot,
         patched=patched,
         controls=controls,
         n_layers=engine.n_layers,
     )
+
+
+def _written_layers(vectors: TaskVectors, layer: int | Layers) -> int | tuple[int, ...]:
+    written = vectors.written_with(layer) if isinstance(layer, int) else layer.numbers
+    return written[0] if isinstance(layer, int) and len(written) == 1 else written
 
 
 def check_evaluation(
@@ -187,13 +199,15 @@ def patched_scores(
     placement: Placement,
     max_new_tokens: int,
 ) -> list[Score]:
-    """The score of the patched answers under each condition, all of them side by side."""
-    asked = placement.prompts(prompts)
+    """The score of the patched answers under each condition, all of them side by side. Whether demonstrations are kept
+    is decided by the first condition's vectors, everything else by each condition's own.
+    """
+    asked = placement.of(conditions[0][0]).prompts(prompts)
     for vectors in {id(each): each for each, _ in conditions}.values():  # a sweep has the same ones at every layer
         check_vectors(engine, vectors, len(asked))
     n_tokens = _tokens_for(engine, task, max_new_tokens)
     ids = encode(engine, asked, n_tokens)
-    edits = [edits_for(engine, asked, ids, vectors, layer, placement) for vectors, layer in conditions]
+    edits = [edits_for(engine, asked, ids, each, layer, placement.of(each)) for each, layer in conditions]
     answers = answer(engine, asked, ids, edits, n_tokens)
     return [_judged(task, prompts, each) for each in answers]
 
@@ -217,7 +231,7 @@ def conflict(  # noqa: PLR0913 - its options are keywords
     layer: int | Layers,
     *,
     how: Write | None = None,
-    positions: Positions = "last",
+    positions: Positions | None = None,
     max_new_tokens: int = 8,
 ) -> Conflict:
     """Which wins, demonstrations of `task` or the vector of `rival`? The few-shot `prompts` keep their demonstrations,
@@ -242,12 +256,12 @@ def conflict(  # noqa: PLR0913 - its options are keywords
     as_rival = [replace(prompt, answer=rival.answer(prompt.query)) for prompt in prompts]
     n_tokens = max(_tokens_for(engine, each, max_new_tokens) for each in (task, rival))
     ids = encode(engine, prompts, n_tokens)
-    edits = [Edits(), edits_for(engine, prompts, ids, vectors, layer, placement)]
+    edits = [Edits(), edits_for(engine, prompts, ids, vectors, layer, placement.of(vectors))]
     plain, patched = answer(engine, prompts, ids, edits, n_tokens)
     return Conflict(
         task.name,
         rival.name,
-        layer if isinstance(layer, int) else layer.numbers,
+        _written_layers(vectors, layer),
         plain_task=_judged(task, prompts, plain),
         plain_rival=_judged(rival, as_rival, plain),
         patched_task=_judged(task, prompts, patched),

@@ -11,7 +11,7 @@ from tv_lens.engines import Capability, Engine, Model, engine_for, progress_bar
 from tv_lens.errors import TvLensError
 from tv_lens.evidence.checkpoints import Checkpoints
 from tv_lens.evidence.controls import CONTROLS, Control, Treatment, check_controls, control_vectors
-from tv_lens.evidence.evaluation import check_evaluation, evaluate_with, sweep_layers, swept_layers
+from tv_lens.evidence.evaluation import check_evaluation, evaluate_with, sweep_layers, swept_layers, tried_layers
 from tv_lens.evidence.results import Experiment, TaskResult
 from tv_lens.evidence.settings import Settings
 from tv_lens.generation import check_new_tokens, encode
@@ -195,18 +195,14 @@ class _Run:
                 f"{method.name} returned vectors of {vectors.task!r} for the task {plan.task.name!r}; a method can "
                 "name them with dataclasses.replace(vectors, task=task.name)"
             )
-        if vectors.heads:
-            raise TvLensError(
-                f"{method.name} returned vectors that are written at all their layers at once, and an experiment "
-                "sweeps layers one by one; use the summed form here, or evaluate(..., layer=layers(*vectors.layers))"
-            )
         return self.checkpoints.keep_vectors(*key, vectors)
 
     def result(self, i: int, method: Method) -> TaskResult:
         """The sweep on dev prompts, and the evaluation at the best layer on test prompts."""
         plan, settings = self.plans[i], self.settings
         vector = self.vector(i, method)
-        layers = [layer for layer in settings.layers if layer in vector.layers]
+        tried = tried_layers(vector)
+        layers = list(tried) if vector.usage.span == "together" else [each for each in settings.layers if each in tried]
         n_tokens = settings.max_new_tokens
         sweep = sweep_layers(self.engine, plan.dev, plan.dev_prompts, vector, layers, max_new_tokens=n_tokens)
         other = self.other(i)

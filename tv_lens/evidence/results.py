@@ -15,7 +15,7 @@ from tv_lens.errors import MissingExtraError, TvLensError
 from tv_lens.evidence.settings import IDENTIFYING, Settings
 from tv_lens.evidence.statistics import exact_interval, paired_p_value
 from tv_lens.files import from_typed_json, read_whole, to_json, write_whole
-from tv_lens.vectors import TaskVectors, depth
+from tv_lens.vectors import TaskVectors, depth, layers_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -331,7 +331,7 @@ class Experiment:
                     **({"method": result.method} if len(self.settings.methods) > 1 else {}),
                     "n": len(scores.patched.correct),
                     **{name: str(scores.conditions[name]) for name in ("zero-shot", "few-shot", "patched")},
-                    "layer": f"{scores.layer}" + (f" (+{ties})" if ties else ""),
+                    "layer": layers_text(scores.layer) + (f" (+{ties})" if ties else ""),
                     **{name: f"{score.accuracy:.2f}" for name, score in scores.controls.items()},
                     "p": f"{scores.p_value:.1g}",
                 }

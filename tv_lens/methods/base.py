@@ -16,6 +16,7 @@ from tv_lens.engines import Engine
 from tv_lens.errors import TvLensError
 from tv_lens.prompts import Prompt
 from tv_lens.provenance import Option
+from tv_lens.shuffling import shuffle_outputs
 from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors
 
@@ -35,6 +36,19 @@ class Method(ABC):
     @abstractmethod
     def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
         """One vector per prompt and layer, or one for all prompts."""
+
+    @property
+    def uses_answers(self) -> bool:
+        """Whether the vectors are learned from the prompts' answers, so that they must not be made of test prompts."""
+        return False
+
+    def shuffled(self, prompts: Sequence[Prompt], seed: int) -> list[Prompt] | None:
+        """The prompts without what the method reads the task from, for the control `shuffled`: by default with the
+        outputs of each prompt's demonstrations permuted. None if there is too little to permute.
+        """
+        if min(prompt.shots for prompt in prompts) < 2:
+            return None
+        return shuffle_outputs(prompts, seed)
 
     @property
     def options(self) -> dict[str, Option]:

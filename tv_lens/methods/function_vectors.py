@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from einops import repeat
 
-from tv_lens.edits import RESID_POST, Head
+from tv_lens.edits import RESID_POST, Head, Usage
 from tv_lens.engines import Capability, Engine, Model, engine_for
 from tv_lens.errors import TvLensError
 from tv_lens.heads import HeadEffects, How, Measure
@@ -82,7 +82,14 @@ def _distributed(vectors: TaskVectors, heads: tuple[Head, ...], options: dict[st
     layers = tuple(sorted({head.layer for head in heads}))
     values = vectors.values[:, [vectors.layers.index(layer) for layer in layers]].mean(dim=0, keepdim=True)
     at_heads = replace(
-        vectors, values=values, method=FunctionVector.name, layers=layers, heads=heads, options=options, terms=()
+        vectors,
+        values=values,
+        method=FunctionVector.name,
+        layers=layers,
+        heads=heads,
+        options=options,
+        terms=(),
+        usage=Usage(span="together"),
     )
     return replace(at_heads, values=at_heads.values * at_heads.written)
 
