@@ -115,7 +115,7 @@ class Edit:
             )
         if self.layer < 0 or self.op not in get_args(Op):
             raise TvLensError(
-                f"layer {self.layer}, op {self.op!r}: a layer is 0 or more, an op is {', '.join(get_args(Op))}"
+                f"layer {self.layer}, op {self.op!r}: a layer is 0 or more, an op is 'set', 'add' or 'rotate'"
             )
         if self.head is not None and not self.site.per_head:
             raise TvLensError(f"{self.site} has no heads; leave head out, or use site=HEADS")
@@ -299,9 +299,9 @@ class Usage:
     """How vectors are meant to be written, if the caller does not say otherwise.
 
     `positions`, `strength`, `every_step` and `keep_demonstrations` are defaults of the keywords of `patch_generate`.
-    With `per_position` the vectors belong to the positions, one to each in order, instead of to the prompts. `span`
-    says which layers a layer `l` stands for: "one" for itself, "up to" for it and all layers with vectors below it.
-    "together" is the same, for vectors that were made for all their layers at once, so that only the last is tried.
+    With `per_position` the vectors belong to the positions, one to each in order, instead of to the prompts. `span` is
+    which layers are written to if a layer is named: "one" that layer; "up to" all layers with vectors up to it;
+    "together" the same, for vectors that were made for all their layers at once, so that only the last is tried.
     """
 
     positions: Positions = "last"

@@ -39,21 +39,21 @@ class _Step:
         values = self.values.to(activation)
         if self.op == "set":
             target[tuple(cells)] = values
-        elif self.stands_alone:
+        elif self.depends_on_activation:
             before = target[tuple(cells)]
             target[tuple(cells)] = self.changed(before, values)
         else:
             target.index_put_(tuple(cells), values, accumulate=True)
 
     @property
-    def stands_alone(self) -> bool:
+    def depends_on_activation(self) -> bool:
         """Whether what is written depends on what was there, so that it cannot be joined with another write."""
         return self.op == "rotate" or self.keep_norm or self.linear is not None
 
     def joins(self, other: _Step) -> bool:
         """Whether the two can be written at once."""
         alike = (self.op, self.heads is None) == (other.op, other.heads is None)
-        return alike and not self.stands_alone and not other.stands_alone
+        return alike and not self.depends_on_activation and not other.depends_on_activation
 
     def changed(
         self, before: Float[Tensor, "cell width"], values: Float[Tensor, "cell width"]
