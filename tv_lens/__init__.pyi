@@ -45,6 +45,7 @@ from .methods.base import Method
 from .methods.extraction import AcrossPrompts, Extraction, extract, extract_across
 from .methods.function_vectors import FunctionVector, MeanState, function_vector
 from .methods.heads import head_effects, read_heads
+from .methods.learning import Learned, LearnedVector, learn
 from .prompts import PAPER, ChatTemplate, Example, FreeText, PlainText, Prompt, PromptFormat, Template
 from .provenance import Provenance
 from .readout import TopTokens, top_tokens
@@ -86,6 +87,8 @@ __all__ = [
     "Head",
     "HeadEffects",
     "Layers",
+    "Learned",
+    "LearnedVector",
     "LinearMaps",
     "LocalEngine",
     "MeanState",
@@ -141,6 +144,7 @@ __all__ = [
     "greedy",
     "head_effects",
     "layers",
+    "learn",
     "library",
     "map_vectors",
     "mcnemar",

@@ -298,18 +298,21 @@ def rotate(strength: float = 0.1, *, every_step: bool = True) -> Write:
 class Usage:
     """How vectors are meant to be written, if the caller does not say otherwise.
 
-    `positions`, `strength`, `every_step` and `keep_demonstrations` are defaults of the keywords of `patch_generate`.
+    `positions`, `keep_demonstrations`, and how they are added are defaults of the keywords of `patch_generate`.
     With `per_position` the vectors belong to the positions, one to each in order, instead of to the prompts. `span` is
     which layers are written to if a layer is named: "one" that layer; "up to" all layers with vectors up to it;
     "together" the same, for vectors that were made for all their layers at once, so that only the last is tried.
+    `tried` are the layers that a sweep tries, if these are not all of them.
     """
 
     positions: Positions = "last"
     strength: float = 1.0
     every_step: bool = False
+    keep_norm: bool = False
     keep_demonstrations: bool = False
     per_position: bool = False
     span: Literal["one", "up to", "together"] = "one"
+    tried: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -295,7 +295,7 @@ def narrowed(
     return fewer, tokens.keep(slots), edits.keep(slots), list(slots)
 
 
-def required_logits(logits: Float[Tensor, "batch d_vocab"] | None) -> Float[Tensor, "batch d_vocab"]:
+def required_logits(logits: Float[Tensor, "batch *pos d_vocab"] | None) -> Float[Tensor, "batch *pos d_vocab"]:
     """The logits of a pass that was asked for them."""
     if logits is None:
         raise EngineError("the engine returned no logits, although they were asked for")

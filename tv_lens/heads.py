@@ -6,15 +6,12 @@ AIE(l, h)     = mean over prompts of CIE(l, h | p)
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import safetensors
-import safetensors.torch
 import torch
 from einops import reduce
 from jaxtyping import Float
@@ -23,8 +20,9 @@ from torch import Tensor
 from tv_lens.display import figure, html_table
 from tv_lens.edits import Head
 from tv_lens.errors import TvLensError
-from tv_lens.files import from_json, read_whole, to_json, typed, write_whole
+from tv_lens.files import from_json, read_whole, typed, write_whole
 from tv_lens.provenance import Option, versions
+from tv_lens.tensor_files import TensorFile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,8 +33,7 @@ Measure = Literal["probability", "log-probability"]
 # How it is computed: by replacing each head's output, or by a first-order estimate from one gradient for all heads.
 How = Literal["exact", "attribution"]
 
-# Raise this number when older versions can no longer read the file.
-FORMAT = 1
+_FILE = TensorFile("tv_lens_heads", format=1)
 
 
 @dataclass(frozen=True)
@@ -273,11 +270,8 @@ class HeadEffects:
         Raises:
             OSError: the folder is missing or cannot be written to.
         """
-        tensors = {"baseline": self.baseline.contiguous(), "values": self.values.contiguous()}
-        named = {each: getattr(self, each) for each in _Header.__dataclass_fields__ if each not in ("format", "sha256")}
-        header = asdict(_Header(format=FORMAT, sha256="", **named))
-        header["sha256"] = _digest(header, tensors)
-        write_whole(path, safetensors.torch.save(tensors, {"tv_lens_heads": to_json(header).decode()}))
+        header = {each: getattr(self, each) for each in _Header.__dataclass_fields__}
+        write_whole(path, _FILE.pack(asdict(_Header(**header)), {"baseline": self.baseline, "values": self.values}))
 
     @classmethod
     def load(cls, path: str | Path) -> HeadEffects:
@@ -289,19 +283,12 @@ class HeadEffects:
         """
         content = read_whole(path)
         try:
-            tensors = safetensors.torch.load(content)
-            raw = _header_of(content)
-            if isinstance(raw, dict) and isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
-                raise TvLensError(
-                    f"written in format {raw['format']} by a newer tv_lens; this one reads up to {FORMAT}"
-                )
+            raw, tensors = _FILE.unpack(content)
             header = typed(raw, _Header)
-            if set(tensors) != {"baseline", "values"} or header.sha256 != _digest(raw, tensors):
-                raise TvLensError("its content does not match its checksum")
-            known: dict[str, Any] = {each: getattr(header, each) for each in _Header.__dataclass_fields__}
-            del known["format"], known["sha256"]
-            return cls(tensors["values"], tensors["baseline"], **known)
-        except (safetensors.SafetensorError, TvLensError) as error:
+            if set(tensors) != {"baseline", "values"}:
+                raise TvLensError(f"it holds {sorted(tensors)}")
+            return cls(tensors["values"], tensors["baseline"], **vars(header))
+        except TvLensError as error:
             raise TvLensError(f"{path}: not a file of head effects, or a damaged one ({error})") from error
 
 
@@ -309,7 +296,6 @@ class HeadEffects:
 class _Header:
     """The JSON in a file's header, with its types."""
 
-    format: int
     model: str
     task: str
     layers: tuple[int, ...]
@@ -323,24 +309,6 @@ class _Header:
     few_shot: FewShot | None
     options: dict[str, Option]
     versions: dict[str, str]
-    sha256: str
-
-
-def _header_of(content: bytes) -> Any:
-    """The JSON of our own entry in a safetensors file's header."""
-    size = int.from_bytes(content[:8], "little")
-    metadata = from_json(content[8 : 8 + size]).get("__metadata__") or {}
-    if "tv_lens_heads" not in metadata:
-        raise TvLensError("it has no head effects")
-    return from_json(metadata["tv_lens_heads"])
-
-
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """A checksum of the numbers and everything else, which detects damaged copies."""
-    named = {name: value for name, value in header.items() if name != "sha256"}
-    parts = [to_json([named, {name: list(tensors[name].shape) for name in sorted(tensors)}])]
-    parts += [tensors[name].contiguous().view(torch.uint8).numpy().tobytes() for name in sorted(tensors)]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def across_tasks(effects: Sequence[HeadEffects]) -> HeadEffects:

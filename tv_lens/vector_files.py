@@ -58,9 +58,11 @@ class _Usage:
     positions: str | tuple[int, ...] = "last"
     strength: float = 1.0
     every_step: bool = False
+    keep_norm: bool = False
     keep_demonstrations: bool = False
     per_position: bool = False
     span: Literal["one", "up to", "together"] = "one"
+    tried: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,8 @@ class TaskVectors:
             check_heads(self.heads, self.layers, self.n_heads, self.model)
         if self.maps is not None:
             self._check_maps(self.maps)
+        if set(self.usage.tried) - set(self.layers):
+            raise TvLensError(f"layers {_short_list(self.usage.tried)} are tried, and some of them have no vector")
         broken = (~self.values.isfinite()).any(dim=-1).nonzero()
         if len(broken):
             prompt, index = broken[0].tolist()
@@ -167,7 +169,14 @@ class TaskVectors:
     @property
     def write(self) -> Write:
         """How the vectors are meant to be written."""
-        return Write(self.op, self.usage.strength, self.usage.every_step)
+        return Write(self.op, self.usage.strength, self.usage.every_step, self.usage.keep_norm)
+
+    @property
+    def tried_layers(self) -> tuple[int, ...]:
+        """The layers among which a sweep looks for the best: those with a vector, unless `usage` says otherwise."""
+        if self.usage.tried:
+            return self.usage.tried
+        return self.layers[-1:] if self.usage.span == "together" else self.layers
 
     def written_with(self, layer: int) -> tuple[int, ...]:
         """The layers that are written to if `layer` is named: itself, or all with vectors up to it (see `Usage`)."""

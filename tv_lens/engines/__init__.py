@@ -12,10 +12,11 @@ from typing import TypeAlias
 from transformer_lens.model_bridge import RemoteBridge, TransformerBridge
 
 from tv_lens.engines.base import Capability, Engine, Pass, Past, Replay, StatelessEngine, Tokens
+from tv_lens.engines.gradients import gradient
 from tv_lens.engines.local import LocalEngine
 from tv_lens.engines.planning import Limits
 from tv_lens.engines.remote import RemoteEngine
-from tv_lens.engines.running import map_rows, progress_bar
+from tv_lens.engines.running import Prefixes, map_rows, progress_bar
 from tv_lens.engines.text import ModelInfo, Stop, TextCodec
 from tv_lens.errors import UnsupportedError
 
@@ -28,6 +29,7 @@ __all__ = [
     "ModelInfo",
     "Pass",
     "Past",
+    "Prefixes",
     "RemoteEngine",
     "Replay",
     "StatelessEngine",
@@ -35,6 +37,7 @@ __all__ = [
     "TextCodec",
     "Tokens",
     "engine_for",
+    "gradient",
     "map_rows",
     "progress_bar",
 ]

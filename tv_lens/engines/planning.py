@@ -82,12 +82,18 @@ class Batch:
 
 
 def plan_batches(
-    groups: Sequence[Sequence[Sequence[int]]], limits: Limits, *, reach: int = 1, new_tokens: int = 0
+    groups: Sequence[Sequence[Sequence[int]]],
+    limits: Limits,
+    *,
+    reach: int = 1,
+    new_tokens: int = 0,
+    single: bool = False,
 ) -> list[Batch]:
     """Batches that hold every row once, long rows first.
 
     The rows are numbered through the groups. A shared prefix leaves at least `reach` tokens of every row, which is
-    where edits and reads are. `new_tokens` more tokens will be generated after each row.
+    where edits and reads are. `new_tokens` more tokens will be generated after each row. With `single` a group of one
+    row has a prefix, too: for rows that are run many times.
     """
     numbered, first = [], 0
     for group in groups:
@@ -95,7 +101,7 @@ def plan_batches(
         first += len(group)
     shared, alone = [], []
     for each in numbered:
-        start = shared_length(each.ids, reach) if limits.shares_prefixes and len(each.ids) > 1 else 0
+        start = shared_length(each.ids, reach) if limits.shares_prefixes and len(each.ids) > (not single) else 0
         if start and max(map(len, each.ids)) + new_tokens <= limits.padded_up_to:
             shared.append(replace(each, start=start))
         else:

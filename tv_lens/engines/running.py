@@ -5,7 +5,7 @@ out.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, TypeAlias
 
@@ -14,13 +14,39 @@ from tqdm.auto import tqdm
 
 from tv_lens.edits import Edits
 from tv_lens.engines.base import Engine, Past, Replay, Tokens
-from tv_lens.engines.planning import Batch, Part, padded, plan_batches
+from tv_lens.engines.planning import MAX_POSITIONS, Batch, Ids, Limits, Part, padded, plan_batches
 
 # What is done with a batch: its rows' numbers, their tokens, the past to continue from, and their edits.
 Work: TypeAlias = Callable[[list[int], Tokens, Past, Edits], None]
 
 
-def map_rows(
+@dataclass
+class Prefixes:
+    """The pasts of shared prefixes, kept for rows that are run many times. No more than `most` positions are kept."""
+
+    most: int = MAX_POSITIONS
+    _pasts: dict[tuple[Ids, ...], tuple[Tokens, Past]] = field(default_factory=dict)
+    _positions: int = 0
+
+    def get(self, prefixes: tuple[Ids, ...]) -> tuple[Tokens, Past] | None:
+        """The tokens of these prefixes and the past after them, if they are kept."""
+        return self._pasts.get(prefixes)
+
+    def keep(self, prefixes: tuple[Ids, ...], tokens: Tokens, past: Past) -> bool:
+        """Keep the past, which must then be forked before it is used; False if there is too much already."""
+        if self._positions + tokens.ids.numel() > self.most:
+            return False
+        self._pasts[prefixes] = tokens, past
+        self._positions += tokens.ids.numel()
+        return True
+
+    def clear(self) -> None:
+        """Free all of them."""
+        self._pasts.clear()
+        self._positions = 0
+
+
+def map_rows(  # noqa: PLR0913 - its options are keywords
     engine: Engine,
     groups: Sequence[Sequence[Sequence[int]]],
     work: Work,
@@ -28,18 +54,23 @@ def map_rows(
     edits: Edits = Edits(),
     reach: int = 1,
     new_tokens: int = 0,
+    kept: Prefixes | None = None,
+    max_rows: int | None = None,
 ) -> None:
     """Give every row of token ids to `work`, many in a pass.
 
     The groups hold rows that begin alike; what the rows of a group share is run once. Rows are numbered through the
-    groups, and `edits` refers to these numbers. The last `reach` tokens of every row
-    are read, and `new_tokens` more will be added to each.
+    groups, and `edits` refers to these numbers. The last `reach` tokens of every row are read, and `new_tokens` more
+    will be added to each.
+
+    With `kept`, prefixes are looked up there, and kept for the next call with the same groups; there is no progress
+    bar. `max_rows` is the most rows of a pass, for work that needs more memory than a pass alone.
 
     When memory runs out, the remaining groups continue in smaller passes, so `work` may see a row a second time.
     """
     firsts = [0, *accumulate(len(group) for group in groups)]
-    run = _Run(engine, groups, firsts, work, edits, max(reach, edits.reach), new_tokens)
-    with engine.session(), progress_bar(engine, firsts[-1]) as shown:
+    run = _Run(engine, groups, firsts, work, edits, max(reach, edits.reach), new_tokens, kept, max_rows)
+    with engine.session(), progress_bar(engine, firsts[-1], shown=kept is None) as shown:
         remaining = list(range(len(groups)))
         while remaining:
             try:
@@ -47,6 +78,8 @@ def map_rows(
             except torch.cuda.OutOfMemoryError:
                 if not engine.shrink(run.rows_tried):
                     raise
+                if kept is not None:
+                    kept.clear()
             remaining = [g for g in remaining if not run.done.issuperset(range(firsts[g], firsts[g + 1]))]
 
 
@@ -61,6 +94,8 @@ class _Run:
     edits: Edits
     reach: int
     new_tokens: int
+    kept: Prefixes | None
+    max_rows: int | None
     done: set[int] = field(default_factory=set)
     rows_tried: int = 1
 
@@ -68,10 +103,10 @@ class _Run:
     def run(self, remaining: Sequence[int], shown: Any) -> None:
         numbers = [row for g in remaining for row in range(self.firsts[g], self.firsts[g + 1])]
         for batch in self.plan(remaining):
-            prefix, past = self.prefix(batch)
+            prefix, past, is_kept = self.prefix(batch)
             for i, part in enumerate(batch.parts):
                 rows = [numbers[row] for row in part.rows]
-                is_last = i + 1 == len(batch.parts)
+                is_last = i + 1 == len(batch.parts) and not is_kept
                 self.run_part(rows, batch, part, prefix, past, is_last)
                 shown.update(len(set(rows) - self.done))
                 self.done.update(rows)
@@ -88,20 +123,34 @@ class _Run:
         groups = [self.groups[g] for g in remaining]
         previous: list[Batch] | None = None
         while True:
-            batches = plan_batches(groups, self.engine.limits, reach=self.reach, new_tokens=self.new_tokens)
+            batches = plan_batches(
+                groups, self.limits, reach=self.reach, new_tokens=self.new_tokens, single=self.kept is not None
+            )
             examples = [example for batch in batches if (example := batch.most_padded())]
             self.rows_tried = 2  # as many as the comparison runs
             if batches == previous or all(self.engine.padding_is_safe(*example) for example in examples):
                 return batches
             previous = batches
 
-    def prefix(self, batch: Batch) -> tuple[Tokens | None, Past]:
-        """The shared prefixes of a batch, and the past after them."""
+    @property
+    def limits(self) -> Limits:
+        limits = self.engine.limits
+        if self.max_rows is None:
+            return limits
+        most = self.max_rows if limits.max_rows is None else min(self.max_rows, limits.max_rows)
+        return replace(limits, max_rows=most)
+
+    def prefix(self, batch: Batch) -> tuple[Tokens | None, Past, bool]:
+        """The shared prefixes of a batch, the past after them, and whether it is kept for another call."""
         if not batch.prefixes:
-            return None, None
+            return None, None, False
+        known = None if self.kept is None else self.kept.get(batch.prefixes)
+        if known is not None:
+            return *known, True
         tokens = Tokens(*padded(batch.prefixes, self.engine.info.pad_id))
         self.rows_tried = len(tokens)
-        return tokens, self.engine.forward(tokens, logits=False).past
+        past = self.engine.forward(tokens, logits=False).past
+        return tokens, past, self.kept is not None and self.kept.keep(batch.prefixes, tokens, past)
 
     def start(self, batch: Batch, part: Part, prefix: Tokens | None, past: Past, is_last: bool) -> tuple[Tokens, Past]:
         """The rows of a part after their prefixes, and a separate past for them."""
@@ -117,6 +166,6 @@ class _Run:
         return Tokens(ids, mask), own
 
 
-def progress_bar(engine: Engine, total: int, unit: str = "row") -> Any:
+def progress_bar(engine: Engine, total: int, unit: str = "row", *, shown: bool = True) -> Any:
     """A progress bar, unless the engine has them turned off or it would be over in a second."""
-    return tqdm(total=total, unit=unit, leave=False, delay=1, disable=not engine.progress)
+    return tqdm(total=total, unit=unit, leave=False, delay=1, disable=not (engine.progress and shown))

@@ -90,7 +90,8 @@ class ShuffledDemonstrations(Control):
         mixed = treatment.method.shuffled(treatment.prompts, treatment.seed)
         if mixed is None:
             return None
-        vectors = treatment.method(treatment.engine, treatment.task, mixed, treatment.seed)
+        method = treatment.method.for_control(treatment.vectors)
+        vectors = method(treatment.engine, treatment.task, mixed, treatment.seed)
         return vectors.mean() if len(treatment.vectors) == 1 else vectors
 
 

@@ -69,15 +69,10 @@ def sweep_layers(  # noqa: PLR0913 - its options are keywords
     engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations)
     check_prompts(prompts)
     check_type(vectors)
-    chosen = swept_layers(engine, layers, tried_layers(vectors))
+    chosen = swept_layers(engine, layers, vectors.tried_layers)
     conditions = [(vectors, layer) for layer in chosen]
     scores = patched_scores(engine, task, prompts, conditions, placement, max_new_tokens)
     return Sweep(tuple(chosen), tuple(scores), engine.n_layers)
-
-
-def tried_layers(vectors: TaskVectors) -> tuple[int, ...]:
-    """The layers among which the best is looked for: those with a vector, or the last if all are written at once."""
-    return vectors.layers[-1:] if vectors.usage.span == "together" else vectors.layers
 
 
 def swept_layers(engine: Engine, layers: Sequence[int] | None, with_vectors: Sequence[int]) -> list[int]:

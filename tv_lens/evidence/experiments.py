@@ -11,7 +11,7 @@ from tv_lens.engines import Capability, Engine, Model, engine_for, progress_bar
 from tv_lens.errors import TvLensError
 from tv_lens.evidence.checkpoints import Checkpoints
 from tv_lens.evidence.controls import CONTROLS, Control, Treatment, check_controls, control_vectors
-from tv_lens.evidence.evaluation import check_evaluation, evaluate_with, sweep_layers, swept_layers, tried_layers
+from tv_lens.evidence.evaluation import check_evaluation, evaluate_with, sweep_layers, swept_layers
 from tv_lens.evidence.results import Experiment, TaskResult
 from tv_lens.evidence.settings import Settings
 from tv_lens.generation import check_new_tokens, encode
@@ -201,8 +201,8 @@ class _Run:
         """The sweep on dev prompts, and the evaluation at the best layer on test prompts."""
         plan, settings = self.plans[i], self.settings
         vector = self.vector(i, method)
-        tried = tried_layers(vector)
-        layers = list(tried) if vector.usage.span == "together" else [each for each in settings.layers if each in tried]
+        with_vector = [layer for layer in settings.layers if layer in vector.layers]
+        layers = [layer for layer in with_vector if layer in vector.tried_layers] or with_vector
         n_tokens = settings.max_new_tokens
         sweep = sweep_layers(self.engine, plan.dev, plan.dev_prompts, vector, layers, max_new_tokens=n_tokens)
         other = self.other(i)

@@ -4,16 +4,20 @@ from tv_lens.methods.base import Method
 from tv_lens.methods.extraction import AcrossPrompts, Extraction, extract, extract_across
 from tv_lens.methods.function_vectors import FunctionVector, MeanState, function_vector
 from tv_lens.methods.heads import head_effects, read_heads
+from tv_lens.methods.learning import Learned, LearnedVector, learn
 
 __all__ = [
     "AcrossPrompts",
     "Extraction",
     "FunctionVector",
+    "Learned",
+    "LearnedVector",
     "MeanState",
     "Method",
     "extract",
     "extract_across",
     "function_vector",
     "head_effects",
+    "learn",
     "read_heads",
 ]

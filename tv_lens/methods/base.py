@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from tv_lens.edits import SITES, Site
+from tv_lens.edits import SITES, Site, Write
 from tv_lens.engines import Engine
 from tv_lens.errors import TvLensError
 from tv_lens.prompts import Prompt
@@ -50,12 +50,16 @@ class Method(ABC):
             return None
         return shuffle_outputs(prompts, seed)
 
+    def for_control(self, vectors: TaskVectors) -> Method:
+        """The method that makes the control of `vectors`: itself, unless it would make more than is needed."""
+        return self
+
     @property
     def options(self) -> dict[str, Option]:
         """The method's fields as JSON values."""
         if not dataclasses.is_dataclass(self):
             return {}
-        return {field.name: _option(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {field.name: as_option(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
@@ -69,7 +73,10 @@ def method_of(vectors: TaskVectors) -> Method | None:
         return None
     known = {field.name for field in dataclasses.fields(kind)}
     options = {name: _value(name, value) for name, value in vectors.options.items() if name in known}
-    method: Method = kind(**options)
+    try:
+        method: Method = kind(**options)
+    except TvLensError:  # made from something that has no name, such as other vectors
+        return None
     return method
 
 
@@ -82,13 +89,18 @@ def check_methods(methods: Sequence[Method]) -> None:
         raise TvLensError(f"methods are {names}; give each a different name")
 
 
-def _option(value: Any) -> Option:
+def as_option(value: Any) -> Option:
+    """A field's value as a JSON value."""
     if isinstance(value, Site):
         return value.name
+    if isinstance(value, Write):
+        return [value.op, value.strength, value.every_step, value.keep_norm]
     return list(value) if isinstance(value, tuple) else value
 
 
 def _value(name: str, value: Option) -> Any:
     if name == "site" and isinstance(value, str):
         return SITES[value]
+    if name == "how" and isinstance(value, list):
+        return Write(*value)
     return tuple(_value("", each) for each in value) if isinstance(value, list) else value

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tv_lens.answers import answer_ids, expected_answers
 from tv_lens.edits import HEADS, Edit, Edits, Head
-from tv_lens.engines import Capability, Engine, Model, Past, Tokens, engine_for, map_rows
+from tv_lens.engines import Capability, Engine, Model, Past, Tokens, engine_for, gradient, map_rows
 from tv_lens.errors import TvLensError
 from tv_lens.generation import encode, finite_logits
 from tv_lens.heads import FewShot, HeadEffects, How, Measure
@@ -290,10 +290,11 @@ def _attribution(
         output = engine.forward(tokens, edits=shifts, read=[HEADS], past=past, keep_past=False, grad=True)
         with torch.enable_grad():
             logprobs = _logprobs(finite_logits(engine, output.logits, rows), targets[rows])
-            [gradient] = torch.autograd.grad(_measured(logprobs, measure).sum(), [zeros])
+            total = _measured(logprobs, measure).sum()
+        slope = gradient(engine, total, zeros)
         z = rearrange(output.reads[HEADS].detach(), "row layer (head d_head) -> row layer head d_head", head=n_heads)
-        gradient = rearrange(gradient, "layer row (head d_head) -> row layer head d_head", head=n_heads)
-        effects[rows] = ((mean - z) * gradient).sum(dim=-1)
+        slope = rearrange(slope, "layer row (head d_head) -> row layer head d_head", head=n_heads)
+        effects[rows] = ((mean - z) * slope).sum(dim=-1)
         baseline[rows] = logprobs.detach().cpu()
 
     map_rows(engine, [[row] for row in ids], work)

@@ -16,6 +16,7 @@ from tv_lens.evidence.results import Conflict, Evaluation, Experiment, Score, Sw
 from tv_lens.geometry import Similarities, VectorMap
 from tv_lens.heads import HeadEffects
 from tv_lens.inspection import TokenTable
+from tv_lens.methods.learning import Learned
 from tv_lens.readout import TopTokens
 from tv_lens.vectors import layer_label
 from tv_lens.views.drawing import (
@@ -32,6 +33,7 @@ from tv_lens.views.drawing import (
     plain,
 )
 from tv_lens.views.heads import plot_conditions, plot_head_effects
+from tv_lens.views.learning import plot_learned
 
 
 @singledispatch
@@ -328,3 +330,4 @@ def plot_tokens(table: TokenTable) -> go.Figure:
 
 plot.register(HeadEffects, plot_head_effects)
 plot.register(Conditions, plot_conditions)
+plot.register(Learned, plot_learned)
