@@ -67,8 +67,22 @@ def trained(twins: Twins, prompts: list[Prompt], objective: Any = "answer") -> t
     return engine, Examples.of(engine, prompts, objective, "last")
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mistral", "gemma2", "bloom", "mamba", "rwkv"])
-@pytest.mark.parametrize("how", [tv.add(2.0), tv.overwrite, tv.add(every_step=True)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("llama", tv.add(2.0)),
+        ("llama", tv.overwrite),
+        ("llama", tv.add(every_step=True)),
+        ("gpt2", tv.add(every_step=True)),
+        ("gpt_neox", tv.add(2.0)),
+        ("mistral", tv.overwrite),
+        ("gemma2", tv.add(every_step=True)),
+        ("bloom", tv.add(2.0)),
+        ("mamba", tv.add(every_step=True)),
+        ("rwkv", tv.overwrite),
+    ],
+    ids=str,
+)
 def test_losses_and_gradients_are_those_of_plain_hooks(name: str, how: tv.Write) -> None:
     twins = make_twins(name)
     engine, examples = trained(twins, PROMPTS)
@@ -161,7 +175,7 @@ def test_one_pair_can_be_learned_by_heart() -> None:
     llama = make_twins("llama")
     original(llama.bridge).lm_head.weight.data *= 10  # a norm bounds the logits, here to probabilities of 0.2
     pair = [Prompt((), "hot", answer="b")]
-    learned = learn(engine_of(llama), pair, layers=2, epochs=200, lr=0.1, validation=pair, patience=200)
+    learned = learn(engine_of(llama), pair, layers=2, epochs=60, lr=0.2, validation=0.0)
     assert float(tv.answer_logprobs(llama.bridge, pair, vectors=learned.vectors, layer=2).exp()) > 0.99
     assert tv.patch_generate(llama.bridge, pair, learned.vectors, 2)[0].startswith("b")
     assert learned.curve[0].epoch == 0
@@ -170,22 +184,21 @@ def test_one_pair_can_be_learned_by_heart() -> None:
 
 @pytest.mark.parametrize("start", ["zero", "uniform"])
 def test_layers_learned_together_equal_layers_learned_alone(llama: Twins, start: Any) -> None:
-    options: dict[str, Any] = {"epochs": 6, "lr": 0.1, "validation": PROMPTS[4:], "patience": 1, "start": start}
+    options: dict[str, Any] = {"epochs": 4, "lr": 0.2, "validation": PROMPTS[4:], "patience": 1, "start": start}
     together = learn(engine_of(llama), PROMPTS[:4], **options)
-    last_epochs = set()
-    for layer in range(4):
+    last_epochs = {max(point.epoch for point in together.curve if point.layer == layer) for layer in range(4)}
+    for layer in (1, 3):
         alone = learn(engine_of(llama), PROMPTS[:4], layers=layer, **options)
         torch.testing.assert_close(alone.vectors.at(layer), together.vectors.at(layer), atol=1e-4, rtol=1e-4)
         own = [point for point in together.curve if point.layer == layer]
         assert [point.epoch for point in own] == [point.epoch for point in alone.curve]
         for one, other in zip(own, alone.curve, strict=True):
-            assert one == pytest.approx(other, abs=1e-4) if one.loss is not None else True
-        last_epochs.add(own[-1].epoch)
+            assert one[3:] == pytest.approx(other[3:], abs=1e-4)
     assert len(last_epochs) > 1  # early stopping is by layer
 
 
 def test_the_best_epoch_is_kept(llama: Twins) -> None:
-    learned = learn(engine_of(llama), PROMPTS[:4], epochs=5, lr=0.3, validation=PROMPTS[4:], patience=5)
+    learned = learn(engine_of(llama), PROMPTS[:4], epochs=3, lr=0.3, validation=PROMPTS[4:], patience=5)
     for slot, layer in enumerate(learned.vectors.layers):
         own = [point for point in learned.curve if point.layer == layer]
         best = max(own, key=lambda point: (point.validation_accuracy, -(point.validation_loss or 0)))
@@ -205,22 +218,22 @@ def test_the_best_epoch_is_kept(llama: Twins) -> None:
 def test_a_training_resumes_from_its_file(llama: Twins, tmp_path: Path) -> None:
     file, engine = tmp_path / "training.safetensors", engine_of(llama)
     options: dict[str, Any] = {"layers": [0, 2], "lr": 0.05, "validation": PROMPTS[4:], "patience": 9}
-    straight = learn(engine, PROMPTS[:4], epochs=4, **options)
-    learn(engine, PROMPTS[:4], epochs=2, file=file, **options)
-    resumed = learn(engine, PROMPTS[:4], epochs=4, file=file, **options)
+    straight = learn(engine, PROMPTS[:4], epochs=2, **options)
+    learn(engine, PROMPTS[:4], epochs=1, file=file, **options)
+    resumed = learn(engine, PROMPTS[:4], epochs=2, file=file, **options)
     assert torch.equal(resumed.vectors.values, straight.vectors.values)
     assert resumed.curve == straight.curve
     forward, engine.forward = engine.forward, None  # type: ignore[method-assign, assignment]
-    assert learn(engine, PROMPTS[:4], epochs=4, file=file, **options).curve == straight.curve  # runs nothing
+    assert learn(engine, PROMPTS[:4], epochs=2, file=file, **options).curve == straight.curve  # runs nothing
     engine.forward = forward  # type: ignore[method-assign]
     with pytest.raises(tv.TvLensError, match=r"training with other settings \(lr\)"):
-        learn(engine, PROMPTS[:4], epochs=4, file=file, **{**options, "lr": 0.1})
+        learn(engine, PROMPTS[:4], epochs=2, file=file, **{**options, "lr": 0.1})
     with pytest.raises(tv.TvLensError, match=r"other settings \(prompts\)"):
-        learn(engine, PROMPTS[1:4], epochs=4, file=file, **options)
+        learn(engine, PROMPTS[1:4], epochs=2, file=file, **options)
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(tv.TvLensError, match="not a file of a training, or a damaged one"):
-        learn(engine, PROMPTS[:4], epochs=4, file=file, **options)
+        learn(engine, PROMPTS[:4], epochs=2, file=file, **options)
 
 
 def test_the_same_seed_gives_the_same_vectors(llama: Twins) -> None:
@@ -286,7 +299,7 @@ def test_what_comes_before_the_vectors_is_run_once(llama: Twins) -> None:
         positions.append(int(tokens.ids.numel()))
         return forward(tokens, **options)
 
-    engine.forward = counted  # type: ignore[method-assign, assignment]
+    engine.forward = counted  # type: ignore[method-assign]
     prompt = Prompt((), "big", answer="small")
     query, answer = len(engine.text.to_ids(prompt.text)), len(engine.text.piece_ids("small"))
     learn(engine, [prompt], epochs=5, layers=[0, 1, 2], validation=0.0, lr=0.1)
