@@ -42,6 +42,7 @@ from .geometry import Similarities, VectorMap, compare_tasks, map_vectors, pca, 
 from .heads import FewShot, HeadEffects, across_tasks, published_heads
 from .inspection import TokenTable, show_tokens
 from .methods.base import Method
+from .methods.contrast import InContextVector, MeanDifference, in_context_vector, mean_difference
 from .methods.extraction import AcrossPrompts, Extraction, extract, extract_across
 from .methods.function_vectors import FunctionVector, MeanState, function_vector
 from .methods.heads import head_effects, read_heads
@@ -85,9 +86,11 @@ __all__ = [
     "FunctionVector",
     "Head",
     "HeadEffects",
+    "InContextVector",
     "Layers",
     "LinearMaps",
     "LocalEngine",
+    "MeanDifference",
     "MeanState",
     "Method",
     "MissingExtraError",
@@ -140,10 +143,12 @@ __all__ = [
     "generate",
     "greedy",
     "head_effects",
+    "in_context_vector",
     "layers",
     "library",
     "map_vectors",
     "mcnemar",
+    "mean_difference",
     "occurs",
     "other_template",
     "overwrite",
