@@ -28,6 +28,7 @@ PAIRS = tv.ContrastivePairs("size", tuple(POSITIVE), tuple(NEGATIVE))
 QUERIES = ["big ->", "a", "hot -> cold\nbig ->"]
 LETTERS = tv.Task("upper", ("ab", "cold", "dog e", "quick", "fox", "tall", "g", "h"), str.upper)
 PROMPTS = LETTERS.sample(4, shots=3, seed=0)
+OTHER: Any = "sum"
 SMALL: dict[str, Any] = {"shots": 2, "n_dev": 4, "n_test": 4, "max_new_tokens": 2}
 
 
@@ -37,14 +38,16 @@ def states(twins: Twins, texts: Sequence[str], bos: bool | None = None) -> Tenso
 
 
 def unit(vector: Tensor) -> Tensor:
-    return vector / vector.norm(dim=-1, keepdim=True)
+    scaled: Tensor = vector / vector.norm(dim=-1, keepdim=True)
+    return scaled
 
 
 def turned(x: Tensor, icv: Tensor, strength: float) -> Tensor:
     """The formula of in-context vectors, for activations of shape (..., d_model)."""
     cosine = (x @ -icv) / (x.norm(dim=-1) * icv.norm())
     y = strength * (1 + cosine.clamp(min=0))[..., None] * unit(icv)
-    return x.norm(dim=-1, keepdim=True) * unit(unit(x) + y)
+    result: Tensor = x.norm(dim=-1, keepdim=True) * unit(unit(x) + y)
+    return result
 
 
 def turned_logits(twins: Twins, ids: Tensor, icv: Tensor, strength: float, until: int) -> Tensor:
@@ -313,7 +316,7 @@ def test_inverse_demonstrations_are_swapped_together() -> None:
         (lambda model: tv.mean_difference(model, POSITIVE, []), "at least one Prompt"),
         (lambda model: tv.mean_difference(model, POSITIVE), "negative texts are missing"),
         (lambda model: tv.mean_difference(model, PAIRS, NEGATIVE), "holds both lists"),
-        (lambda model: tv.mean_difference(model, POSITIVE, NEGATIVE, direction="sum"), "'sum'; use 'mean' or 'pca'"),
+        (lambda model: tv.mean_difference(model, POSITIVE, NEGATIVE, direction=OTHER), "'sum'; use 'mean' or 'pca'"),
         (lambda model: tv.mean_difference(model, PAIRS, strength=float("nan")), "strength is nan"),
         (lambda model: tv.mean_difference(model, POSITIVE, ["a"], direction="pca"), "4 positive and 1 negative"),
         (lambda model: tv.mean_difference(model, ["a"], ["a"], direction="pca"), "both texts of every pair are equal"),
@@ -321,7 +324,7 @@ def test_inverse_demonstrations_are_swapped_together() -> None:
         (lambda model: tv.in_context_vector(model, PROMPTS, strength=float("inf")), "strength is inf"),
         (lambda model: tv.in_context_vector(model, [Prompt((), "q")]), "have no demonstrations"),
         (lambda model: tv.in_context_vector(model, [Prompt((Example("a", "a"),), "q")]), "every pair are equal"),
-        (lambda model: tv.MeanDifference(direction="sum"), "'sum'; use 'mean' or 'pca'"),
+        (lambda model: tv.MeanDifference(direction=OTHER), "'sum'; use 'mean' or 'pca'"),
         (lambda model: tv.InContextVector(strength=float("nan")), "strength is nan"),
     ],
 )

@@ -236,8 +236,8 @@ def _in_context(differences: Float[Tensor, "pair layer d_model"]) -> Float[Tenso
     """The mean, plus the first principal component of each layer in which the differences vary."""
     mean = differences.mean(dim=0)
     centered = differences - mean
-    varies = centered.norm(dim=(0, 2)) > _ROUNDING * differences.norm(dim=(0, 2))
-    return mean + varies[:, None] * _principal(centered, mean)
+    varies: Tensor = centered.norm(dim=(0, 2)) > _ROUNDING * differences.norm(dim=(0, 2))
+    return mean + torch.where(varies[:, None], _principal(centered, mean), 0.0)
 
 
 def _principal(
