@@ -5,10 +5,12 @@ that add them as these packages do.
 from __future__ import annotations
 
 import importlib.util
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -285,3 +287,19 @@ def test_files_need_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         vectors_for().to_gguf(tmp_path / "v.gguf", layers=[1])
     with pytest.raises(tv.MissingExtraError, match=r"tv_lens\[gguf\]"):
         TaskVectors.from_gguf(tmp_path / "v.gguf", model="m", n_layers=4)
+
+
+def test_the_page_on_contrasts_runs(llama: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "contrast.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python (\w+)\n(.*?)^```$", page, re.M | re.S)
+    assert [name for name, _ in blocks] == ["mean", "turned", "experiment", "export", "import"]
+    task = tv.Task("upper", tuple(f"{a}{b}" for a in "abcd" for b in "stuv"), str.upper)
+    engine = tv.LocalEngine(llama.bridge, progress=False)
+    known: dict[str, Any] = {"model": engine, "engine": engine, "task": task}
+    known["control"] = SimpleNamespace(directions={layer: np.ones(32, dtype=np.float32) for layer in (3, 2, 1)})
+    known["steering"] = SimpleNamespace(layer_activations={layer: torch.ones(32) for layer in (0, 1)})
+    for _, code in blocks:
+        exec(code.replace("n_dev=6, n_test=6", "n_dev=2, n_test=2, max_new_tokens=2"), known)  # what is slow, smaller
+    assert known["vectors"].layers == (0, 1)
+    assert list(contents(tmp_path / "polite.gguf")[1]) == ["direction.1", "direction.2"]
