@@ -244,14 +244,14 @@ def test_other_sites_and_negative_layers_are_imported(llama: Twins) -> None:
 
 
 def test_imported_tensors_are_copied_as_float32(as_users_run_it: None) -> None:
-    halves, doubles = torch.ones(4, dtype=torch.bfloat16), np.ones(4)
-    doubles.flags.writeable = False
-    numbered: Any = {np.int64(0): halves, np.int64(1): doubles}
+    halves, doubles, singles = torch.ones(4, dtype=torch.bfloat16), np.ones(4), np.ones(4, dtype=np.float32)
+    singles.flags.writeable = False
+    numbered: Any = {np.int64(0): halves, np.int64(1): doubles, np.int64(2): singles}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        vectors = TaskVectors.from_layers(numbered, model="m", n_layers=2)
+        vectors = TaskVectors.from_layers(numbered, model="m", n_layers=3)
     halves.zero_()
-    assert vectors.values.tolist() == [[[1.0] * 4] * 2]
+    assert vectors.values.tolist() == [[[1.0] * 4] * 3]
     assert vectors.values.dtype == torch.float32
 
 
