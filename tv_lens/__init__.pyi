@@ -42,6 +42,7 @@ from .geometry import Similarities, VectorMap, compare_tasks, map_vectors, pca, 
 from .heads import FewShot, HeadEffects, across_tasks, published_heads
 from .inspection import TokenTable, show_tokens
 from .methods.base import Method
+from .methods.contrast import InContextVector, MeanDifference, in_context_vector, mean_difference
 from .methods.extraction import AcrossPrompts, Extraction, extract, extract_across
 from .methods.function_vectors import FunctionVector, MeanState, function_vector
 from .methods.heads import head_effects, read_heads
@@ -86,11 +87,13 @@ __all__ = [
     "FunctionVector",
     "Head",
     "HeadEffects",
+    "InContextVector",
     "Layers",
     "Learned",
     "LearnedVector",
     "LinearMaps",
     "LocalEngine",
+    "MeanDifference",
     "MeanState",
     "Method",
     "MissingExtraError",
@@ -143,11 +146,13 @@ __all__ = [
     "generate",
     "greedy",
     "head_effects",
+    "in_context_vector",
     "layers",
     "learn",
     "library",
     "map_vectors",
     "mcnemar",
+    "mean_difference",
     "occurs",
     "other_template",
     "overwrite",

@@ -47,6 +47,28 @@ def shuffle_answers(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
     return [replace(prompt, answer=known[chosen[i]]) for i, prompt in enumerate(prompts)]
 
 
+def swap_demonstrations(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """The prompts with input and output swapped in a random half of the different demonstrations, in every prompt that
+    shows one of them. A demonstration and its inverse are swapped together, so that as many different ones remain.
+
+    Raises:
+        TvLensError: prompts with fewer than two demonstrations in all.
+    """
+    pairs = list(dict.fromkeys(frozenset(each) for prompt in prompts for each in prompt.examples))
+    if len(pairs) < 2:
+        raise TvLensError(f"the prompts show {len(pairs)} different demonstrations; half of 2 or more are swapped")
+    swapped = set(random.Random(f"swap demonstrations:{seed}").sample(pairs, len(pairs) // 2))
+    return [
+        replace(
+            prompt,
+            examples=tuple(
+                Example(each.output, each.input) if frozenset(each) in swapped else each for each in prompt.examples
+            ),
+        )
+        for prompt in prompts
+    ]
+
+
 def without_demonstrations(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
     """The queries alone, as another kind of corruption; the seed changes nothing."""
     return [prompt.zero_shot() for prompt in prompts]

@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from tv_lens.control_vectors import Source, Vector, export, imported, load
 from tv_lens.display import html_table
 from tv_lens.edits import RESID_POST, Head, LinearMap, Op, Site, Usage, Write
 from tv_lens.errors import TvLensError
@@ -366,13 +367,13 @@ class TaskVectors:
             OSError: the folder is missing or cannot be written to.
             TvLensError: a custom prompt format that cannot be saved.
         """
-        write_whole(path, self._content())
+        write_whole(path, encode(self._content()))
 
-    def _content(self) -> bytes:
+    def _content(self) -> Content:
         layout = (self.site, self.op, self.layers, self.n_layers, self.n_heads, self.heads, self.usage)
         maps = self.maps
         factors = {} if maps is None else {"inward": maps.inward, "outward": maps.outward, "lengths": maps.lengths}
-        return encode(Content(self.values, self.provenance, *layout, maps=factors))
+        return Content(self.values, self.provenance, *layout, maps=factors)
 
     @classmethod
     def load(cls, path: str | Path) -> TaskVectors:
@@ -383,32 +384,36 @@ class TaskVectors:
             TvLensError: another kind of file, a damaged one, or one of a newer version of tv_lens.
         """
         content = read(Path(path))
-        source = content.provenance
         try:
-            return cls(
-                content.values,
-                model=source.model,
-                task=source.task,
-                template=source.template,
-                prompts=source.prompts,
-                substitutes=source.substitutes,
-                method=source.method,
-                prepend_bos=source.prepend_bos,
-                versions=source.versions,
-                site=content.site,
-                op=content.op,
-                layers=content.layers,
-                n_layers=content.n_layers,
-                options=source.options,
-                bos=source.bos,
-                terms=source.terms,
-                n_heads=content.n_heads,
-                heads=content.heads,
-                usage=content.usage,
-                maps=LinearMaps(**content.maps) if content.maps else None,
-            )
+            return cls._of(content)
         except TvLensError as error:
             raise TvLensError(f"{path}: {error}") from error
+
+    @classmethod
+    def _of(cls, content: Content) -> TaskVectors:
+        source = content.provenance
+        return cls(
+            content.values,
+            model=source.model,
+            task=source.task,
+            template=source.template,
+            prompts=source.prompts,
+            substitutes=source.substitutes,
+            method=source.method,
+            prepend_bos=source.prepend_bos,
+            versions=source.versions,
+            site=content.site,
+            op=content.op,
+            layers=content.layers,
+            n_layers=content.n_layers,
+            options=source.options,
+            bos=source.bos,
+            terms=source.terms,
+            n_heads=content.n_heads,
+            heads=content.heads,
+            usage=content.usage,
+            maps=LinearMaps(**content.maps) if content.maps else None,
+        )
 
     def push_to_hub(
         self,
@@ -427,7 +432,9 @@ class TaskVectors:
             Exception: the hub cannot be reached; the error is that of huggingface_hub's HTTP client.
         """
         message = f"Task vectors of {self.task}, {self.model}"
-        return upload(self._content(), repo_id, filename, message, private=private, revision=revision, token=token)
+        return upload(
+            encode(self._content()), repo_id, filename, message, private=private, revision=revision, token=token
+        )
 
     @classmethod
     def from_hub(
@@ -440,6 +447,73 @@ class TaskVectors:
             TvLensError: as `load`.
         """
         return cls.load(download(repo_id, filename, revision=revision, token=token))
+
+    def to_gguf(
+        self,
+        path: str | Path,
+        *,
+        layers: Sequence[int] | None = None,
+        strength: float | None = None,
+        model_hint: str | None = None,
+    ) -> None:
+        """Write a control vector for llama.cpp (`--control-vector`), which repeng reads, too; whole or not at all.
+
+        llama.cpp adds the vectors of all layers in the file at once, each to the output of its block, at every token.
+        It does not know the positions that the vectors are meant for, and it cannot add to the first block.
+
+        Args:
+            layers: the layers to export; None for all that have a vector, except layer 0.
+            strength: what the vectors are multiplied by; None for the strength they are meant to be written with.
+            model_hint: the model's architecture, such as "llama", as a note in the file; None for its name.
+
+        Raises:
+            MissingExtraError: the `gguf` extra is not installed.
+            OSError: the folder is missing or cannot be written to.
+            TvLensError: several vectors per layer (use `mean()`), vectors that overwrite, turn or depend on the prompt,
+                another site than the residual stream, layer 0, or a layer without a vector.
+        """
+        export(self._content(), path, layers, strength, model_hint)
+
+    @classmethod
+    def from_gguf(cls, path: str | Path, *, model: str, n_layers: int, task: str = "") -> TaskVectors:
+        """Read a control vector of llama.cpp or repeng: one vector for each of its layers, to be added at all positions
+        and every step. The file does not say which model it is for, only a hint, which is kept in `options`.
+
+        Args:
+            model: the name of the model that it is used on.
+            n_layers: the number of that model's blocks.
+            task: a name for the vectors; by default the file's.
+
+        Raises:
+            MissingExtraError: the `gguf` extra is not installed.
+            OSError: there is no such file.
+            TvLensError: another kind of file, a damaged one, or layers that the model does not have.
+        """
+        return cls._of(load(path, Source(model, n_layers, task or Path(path).stem)))
+
+    @classmethod
+    def from_layers(
+        cls,
+        directions: Mapping[int, Vector],
+        *,
+        model: str,
+        n_layers: int,
+        task: str = "",
+        method: str = "imported",
+        site: Site = RESID_POST,
+    ) -> TaskVectors:
+        """Directions that were made elsewhere, as vectors to be added at all positions and every step.
+
+        `directions` holds a tensor or an array of shape (d_model,) for each layer: `ControlVector.directions` of repeng
+        or `SteeringVector.layer_activations` of steering-vectors. In both, as here, layer l is the output of block l,
+        and a negative number counts from the last block. For the layer types "self_attn" and "mlp" of steering-vectors
+        pass `site=ATTN_OUT` and `site=MLP_OUT`.
+
+        Raises:
+            TvLensError: no directions, different widths, NaN or infinity, a layer that the model does not have, or one
+                twice.
+        """
+        return cls._of(imported(directions, Source(model, n_layers, task, method, site)))
 
     def check_same_model(self, other: TaskVectors) -> None:
         """Raise TvLensError if the others were read from another model, site or layers."""

@@ -1,6 +1,7 @@
 """How vectors are made: one file for each kind. `Method` is what they have in common."""
 
 from tv_lens.methods.base import Method
+from tv_lens.methods.contrast import InContextVector, MeanDifference, in_context_vector, mean_difference
 from tv_lens.methods.extraction import AcrossPrompts, Extraction, extract, extract_across
 from tv_lens.methods.function_vectors import FunctionVector, MeanState, function_vector
 from tv_lens.methods.heads import head_effects, read_heads
@@ -10,14 +11,18 @@ __all__ = [
     "AcrossPrompts",
     "Extraction",
     "FunctionVector",
+    "InContextVector",
     "Learned",
     "LearnedVector",
+    "MeanDifference",
     "MeanState",
     "Method",
     "extract",
     "extract_across",
     "function_vector",
     "head_effects",
+    "in_context_vector",
     "learn",
+    "mean_difference",
     "read_heads",
 ]
