@@ -46,7 +46,7 @@ from .methods.contrast import InContextVector, MeanDifference, in_context_vector
 from .methods.extraction import AcrossPrompts, Extraction, extract, extract_across
 from .methods.function_vectors import FunctionVector, MeanState, function_vector
 from .methods.heads import head_effects, read_heads
-from .methods.learning import Learned, LearnedVector, learn
+from .methods.learning import DistilledVector, Learned, LearnedVector, learn
 from .prompts import PAPER, ChatTemplate, Example, FreeText, PlainText, Prompt, PromptFormat, Template
 from .provenance import Provenance
 from .readout import TopTokens, top_tokens
@@ -74,6 +74,7 @@ __all__ = [
     "ContrastivePairs",
     "Control",
     "DemoModelError",
+    "DistilledVector",
     "Edit",
     "Edits",
     "Engine",

@@ -84,7 +84,7 @@ class Edit:
     an addition also adds this function of the activation, so that it depends on the prompt.
 
     "rotate" turns the activation x toward `value`, which has the length of the strength, and keeps its length
-    (Liu et al. 2024, section 3, and its code): |x| unit(unit(x) + (1 + max(0, -cos(x, value))) value).
+    (Liu et al. 2024, section 3): |x| unit(unit(x) + (1 + max(0, -cos(x, value))) value).
 
     Raises:
         TvLensError: the parts do not fit together.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tv_lens as tv
 from tv_lens.tasks.readers import kinds
@@ -17,6 +19,29 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 class UsageError(tv.TvLensError):
     """A wrong command: reported in one line, with exit code 2."""
+
+
+# The methods of `tv_lens.methods`, whose import would load torch.
+METHODS = (
+    "extract",
+    "extract_across",
+    "function_vector",
+    "in_context_vector",
+    "learn",
+    "learn_few_shot",
+    "linear_vector",
+    "mean_difference",
+    "mean_state",
+    "separator_vectors",
+    "state_vectors",
+)
+
+
+class MethodChoice(NamedTuple):
+    """A method's name and options, as `NAME:option=value,...` gives them."""
+
+    name: str
+    options: dict[str, Any]
 
 
 class FileOptions(NamedTuple):
@@ -74,6 +99,27 @@ def with_rule(tasks: Sequence[tv.Task], rule: str) -> list[tv.Task]:
     if rule not in rules:
         raise UsageError(f"rule {rule!r} is not {' or '.join(rules)}")
     return [replace(task, accepts=rules[rule]) for task in tasks]
+
+
+def chosen_method(text: str, *, across: bool) -> MethodChoice:
+    """The method in `NAME` or `NAME:option=value,...`; values are JSON, or else text."""
+    name, _, rest = text.partition(":")
+    if across:
+        raise UsageError("--across is the method extract_across; give --method or --across, not both")
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        suggestion = f"did you mean {close[0]}? " if close else ""
+        raise UsageError(f"no method {name!r}; {suggestion}there are {', '.join(METHODS)}")
+    options = {}
+    for part in re.split(r",(?=\w+=)", rest) if rest else []:
+        option, is_pair, value = part.partition("=")
+        if not is_pair or not value:
+            raise UsageError(f"--method {text}: {part!r} is not option=value, as in function_vector:heads=40")
+        try:
+            options[option] = json.loads(value)
+        except ValueError:
+            options[option] = value
+    return MethodChoice(name, options)
 
 
 def check_model(model: str | None, *, demo: bool, device: str | None, dtype: str) -> None:

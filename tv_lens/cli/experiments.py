@@ -17,11 +17,12 @@ from tv_lens.cli.checks import (
     check_model,
     check_results,
     check_writable,
+    chosen_method,
     chosen_tasks,
     tasks_in,
     with_rule,
 )
-from tv_lens.cli.loading import load_engine, prompt_format, template_of
+from tv_lens.cli.loading import load_engine, method_of, prompt_format, template_of
 from tv_lens.cli.options import (
     TEMPLATE,
     Across,
@@ -34,6 +35,7 @@ from tv_lens.cli.options import (
     Header,
     InputColumn,
     Json,
+    MethodNames,
     ModelName,
     NewTokens,
     OneTurn,
@@ -85,6 +87,7 @@ def run(
     n_dev: Annotated[int, typer.Option(min=1, help="Prompts that choose the layer.")] = 50,
     n_test: Annotated[int, typer.Option(min=1, help="Prompts that are reported.")] = 50,
     seed: Seed = 0,
+    method: MethodNames = None,
     substitutes: Substitutes = 2,
     across: Across = False,
     max_new_tokens: NewTokens = 8,
@@ -117,8 +120,10 @@ def run(
         check_folder(folder)
     written = template_of(template, separator)
     check_chat(written, chat=chat, one_turn=one_turn, system=system)
+    choices = [chosen_method(text, across=across) for text in method or []]
     for task in chosen:
         dev_and_test(task, n_dev, n_test, shots=shots, seed=seed, template=written)  # an error if inputs are too few
+    methods = [method_of(choice, substitutes, across) for choice in choices]
     engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     experiment = tv.run_experiment(
         engine,
@@ -129,6 +134,7 @@ def run(
         seed=seed,
         substitutes=substitutes,
         across=across,
+        methods=methods or None,
         template=prompt_format(engine, written, chat, one_turn, system),
         max_new_tokens=1 if first_token else max_new_tokens,
         folder=folder,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import tv_lens as tv
+from tv_lens.cli.checks import MethodChoice, UsageError
 
 
 def load_engine(
@@ -18,8 +22,40 @@ def load_engine(
     return tv.LocalEngine(bridge, batch_size=batch_size, progress=not quiet)
 
 
-def method_of(substitutes: int, across: bool) -> tv.Method:
-    return tv.AcrossPrompts() if across else tv.Extraction(substitutes=substitutes)
+def method_of(choice: MethodChoice | None, substitutes: int, across: bool) -> tv.Method:
+    """The method that the options name.
+
+    Raises:
+        UsageError: an option that the method does not have, or a value that it refuses.
+    """
+    from tv_lens.methods.base import METHODS
+
+    if choice is None:
+        return tv.AcrossPrompts() if across else tv.Extraction(substitutes=substitutes)
+    kind: Any = METHODS[choice.name]
+    known = [each.name for each in fields(kind)]
+    unknown = [name for name in choice.options if name not in known]
+    if unknown:
+        raise UsageError(f"{choice.name} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    given = {"substitutes": substitutes} if "substitutes" in known else {}
+    try:
+        method: tv.Method = kind(**given, **{name: _value(name, each) for name, each in choice.options.items()})
+    except tv.TvLensError as error:
+        raise UsageError(str(error)) from error
+    return method
+
+
+def _value(name: str, value: Any) -> Any:
+    """An option's value as the method takes it."""
+    from tv_lens.edits import SITES
+
+    if isinstance(value, list):
+        return tuple(tuple(each) if isinstance(each, list) else each for each in value)
+    if name == "how" and value == "overwrite":
+        return tv.overwrite
+    if name == "site":
+        return SITES.get(value, value)
+    return value
 
 
 def template_of(example: str, separator: str) -> tv.Template:

@@ -19,6 +19,16 @@ Shots = Annotated[int, typer.Option(min=1, help="Demonstrations in a prompt.")]
 Count = Annotated[int, typer.Option("--prompts", "-n", min=1, help="How many prompts.")]
 Substitutes = Annotated[int, typer.Option(min=1, help="Substitute queries for each prompt.")]
 Across = Annotated[bool, typer.Option("--across", help="Average over other prompts instead of substitute queries.")]
+MethodName = Annotated[
+    str | None,
+    typer.Option("--method", help="How vectors are made, such as learn or function_vector:heads=40,measure=..."),
+]
+MethodNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method", help="How vectors are made, such as learn or function_vector:heads=40; repeat to compare."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed for prompts, splits and controls.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of an answer, in tokens.")]
 FirstToken = Annotated[bool, typer.Option("--first-token", help="Score by the answer's first token alone.")]

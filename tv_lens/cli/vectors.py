@@ -12,10 +12,12 @@ import tv_lens as tv
 from tv_lens.cli.app import app
 from tv_lens.cli.checks import (
     FileOptions,
+    UsageError,
     check_chat,
     check_model,
     check_vectors,
     check_writable,
+    chosen_method,
     chosen_task,
     with_rule,
 )
@@ -33,6 +35,7 @@ from tv_lens.cli.options import (
     Header,
     InputColumn,
     Json,
+    MethodName,
     ModelName,
     NewTokens,
     OneTurn,
@@ -60,6 +63,7 @@ def extract(
     prompts: Count = 20,
     shots: Shots = 5,
     seed: Seed = 0,
+    method: MethodName = None,
     substitutes: Substitutes = 2,
     across: Across = False,
     input_column: InputColumn = None,
@@ -83,22 +87,24 @@ def extract(
     chosen = chosen_task(task, FileOptions(input_column, output_column, under, header))
     written = template_of(template, separator)
     check_chat(written, chat=chat, one_turn=one_turn, system=system)
+    choice = None if method is None else chosen_method(method, across=across)
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=written)
-    if not across:
+    if choice is None and not across:
         chosen.substitutes(asked, substitutes, seed=seed)
+    made_by = method_of(choice, substitutes, across)
     engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     if chat:
         asked = chosen.sample(
             prompts, shots=shots, seed=seed, template=prompt_format(engine, written, chat, one_turn, system)
         )
-    vectors = method_of(substitutes, across)(engine, chosen, asked, seed)
+    vectors = made_by(engine, chosen, asked, seed)
     vectors.save(to)
     row = {
         "file": str(to),
         "model": vectors.model,
         "task": vectors.task,
         "prompts": len(vectors),
-        "layers": vectors.n_layers,
+        "layers": len(vectors.layers),
         "d_model": vectors.d_model,
         "method": vectors.method,
     }
@@ -116,6 +122,7 @@ def sweep(
     prompts: Count = 20,
     shots: Shots = 5,
     seed: Seed = 0,
+    method: MethodName = None,
     substitutes: Substitutes = 2,
     across: Across = False,
     max_new_tokens: NewTokens = 8,
@@ -143,16 +150,20 @@ def sweep(
         check_vectors(vectors)
     written = template_of(template, separator)
     check_chat(written, chat=chat, one_turn=one_turn, system=system)
+    if vectors is not None and method is not None:
+        raise UsageError("--vectors are made already; leave --method out, or --vectors")
+    choice = None if method is None else chosen_method(method, across=across)
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=written)
-    if vectors is None and not across:
+    if vectors is None and choice is None and not across:
         chosen.substitutes(asked, substitutes, seed=seed)
     loaded = None if vectors is None else tv.TaskVectors.load(vectors)
+    made_by = method_of(choice, substitutes, across)
     engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     format_ = prompt_format(engine, written, chat, one_turn, system)
     if chat:
         asked = chosen.sample(prompts, shots=shots, seed=seed, template=format_)
     if loaded is None:
-        loaded = method_of(substitutes, across)(engine, chosen, asked, seed)
+        loaded = made_by(engine, chosen, asked, seed)
     if first_token:
         chosen, max_new_tokens = replace(chosen, accepts=tv.first_token(engine, format_, chosen)), 1
     result = tv.sweep_layers(engine, chosen, asked, loaded.mean(), max_new_tokens=max_new_tokens)

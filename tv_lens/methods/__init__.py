@@ -5,10 +5,11 @@ from tv_lens.methods.contrast import InContextVector, MeanDifference, in_context
 from tv_lens.methods.extraction import AcrossPrompts, Extraction, extract, extract_across
 from tv_lens.methods.function_vectors import FunctionVector, MeanState, function_vector
 from tv_lens.methods.heads import head_effects, read_heads
-from tv_lens.methods.learning import Learned, LearnedVector, learn
+from tv_lens.methods.learning import DistilledVector, Learned, LearnedVector, learn
 
 __all__ = [
     "AcrossPrompts",
+    "DistilledVector",
     "Extraction",
     "FunctionVector",
     "InContextVector",

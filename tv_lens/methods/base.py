@@ -21,7 +21,7 @@ from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors
 
 # Every method by its name, so that the one that made some vectors can be used again.
-_METHODS: dict[str, type[Method]] = {}
+METHODS: dict[str, type[Method]] = {}
 
 
 class Method(ABC):
@@ -31,7 +31,7 @@ class Method(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        _METHODS[cls.name] = cls
+        METHODS[cls.name] = cls
 
     @abstractmethod
     def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
@@ -68,7 +68,7 @@ class Method(ABC):
 def method_of(vectors: TaskVectors) -> Method | None:
     """The method that made the vectors, by their provenance; None if they are a sum or were made by hand."""
     name = vectors.method.removeprefix("mean of ")
-    kind = _METHODS.get(name)
+    kind = METHODS.get(name)
     if kind is None or len(vectors.terms) > 1 or not dataclasses.is_dataclass(kind):
         return None
     known = {field.name for field in dataclasses.fields(kind)}

@@ -44,7 +44,7 @@ Start: TypeAlias = Literal["zero", "uniform"] | TaskVectors
 ADD = add()
 
 # The default learning rate, as a share of the activations' root mean square.
-_RELATIVE_LR = 0.02
+_RELATIVE_LR = 0.05
 
 # Random vectors begin between minus and plus this (the paper's code).
 _UNIFORM = 0.1
@@ -75,6 +75,13 @@ class Learned:
 
         kinds = dict.fromkeys(("loss", "validation_loss", "validation_accuracy"), "Float64")
         return pd.DataFrame(self.curve, columns=list(Epoch._fields)).astype(kinds)
+
+    def best(self) -> pd.DataFrame:
+        """The best epoch of each layer, one row for each, with the columns of `to_pandas`; the best layer first."""
+        table, order = self.to_pandas(), self.best_layers
+        points = {point.layer: point for point in _best_points(self.curve, order)}
+        rows = [int(table.index[(table["layer"] == n) & (table["epoch"] == points[n].epoch)][0]) for n in order]
+        return table.loc[rows].reset_index(drop=True)
 
     def plot(self) -> go.Figure:
         """Losses and validation accuracy by epoch, a line for each layer."""
@@ -114,7 +121,7 @@ def learn(  # noqa: PLR0913 - its options are keywords
             right tokens before. "few-shot" imitates the model's next-token distribution after the whole prompt.
         epochs: 0 gives the vectors to start from.
         lr: AdamW's learning rate, such as the paper's 5e-3 for Llama. Activations of models and layers differ by orders
-            of magnitude, so None takes 0.02 of the root mean square of the layer's activations at the queries' last
+            of magnitude, so None takes 0.05 of the root mean square of the layer's activations at the queries' last
             tokens.
         batch_size: prompts for each step of the optimizer. Batches keep their prompts and change their order.
         validation: prompts for early stopping, or the share of the prompts that is held out for it; 0 for none. A
@@ -452,3 +459,11 @@ class LearnedVector(Method):
         alone = [[prompt] for prompt in without_demonstrations(prompts, seed)]
         zero_shot = read_site(engine, alone, RESID_POST, "last")
         return vectors_of(engine, few_shot - zero_shot, prompts, (), RESID_POST, "shift", {})
+
+
+@dataclass(frozen=True)
+class DistilledVector(LearnedVector):
+    """`LearnedVector` with the objective "few-shot" under another name, so that an experiment can have both."""
+
+    name: ClassVar[str] = "learn_few_shot"
+    objective: Objective = "few-shot"
