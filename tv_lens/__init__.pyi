@@ -45,6 +45,7 @@ from .methods.base import Method
 from .methods.extraction import AcrossPrompts, Extraction, extract, extract_across
 from .methods.function_vectors import FunctionVector, MeanState, function_vector
 from .methods.heads import head_effects, read_heads
+from .methods.linear import LinearVector, linear_vector
 from .prompts import PAPER, ChatTemplate, Example, FreeText, PlainText, Prompt, PromptFormat, Template
 from .provenance import Provenance
 from .readout import TopTokens, top_tokens
@@ -87,6 +88,7 @@ __all__ = [
     "HeadEffects",
     "Layers",
     "LinearMaps",
+    "LinearVector",
     "LocalEngine",
     "MeanState",
     "Method",
@@ -142,6 +144,7 @@ __all__ = [
     "head_effects",
     "layers",
     "library",
+    "linear_vector",
     "map_vectors",
     "mcnemar",
     "occurs",

@@ -4,16 +4,19 @@ from tv_lens.methods.base import Method
 from tv_lens.methods.extraction import AcrossPrompts, Extraction, extract, extract_across
 from tv_lens.methods.function_vectors import FunctionVector, MeanState, function_vector
 from tv_lens.methods.heads import head_effects, read_heads
+from tv_lens.methods.linear import LinearVector, linear_vector
 
 __all__ = [
     "AcrossPrompts",
     "Extraction",
     "FunctionVector",
+    "LinearVector",
     "MeanState",
     "Method",
     "extract",
     "extract_across",
     "function_vector",
     "head_effects",
+    "linear_vector",
     "read_heads",
 ]

@@ -181,7 +181,7 @@ def _as_option(positions: Positions) -> Option:
     return positions if isinstance(positions, str) else list(positions)
 
 
-def vectors_of(
+def vectors_of(  # noqa: PLR0913 - the fields of task vectors
     engine: Engine,
     values: Float[Tensor, "prompt layer width"],
     prompts: Sequence[Prompt],
@@ -189,8 +189,10 @@ def vectors_of(
     site: Site,
     method: str,
     options: Mapping[str, Option],
+    *,
+    layers: Sequence[int] | None = None,
 ) -> TaskVectors:
-    """The values with their provenance."""
+    """The values with their provenance; `layers` are those of the values, if not all that have the site."""
     templates = {prompt.template for prompt in prompts}
     return TaskVectors(
         values,
@@ -202,7 +204,7 @@ def vectors_of(
         method=method,
         prepend_bos=engine.info.prepend_bos,
         site=site,
-        layers=engine.layers_of(site),
+        layers=engine.layers_of(site) if layers is None else tuple(layers),
         n_layers=engine.n_layers,
         n_heads=engine.info.n_heads if site.per_head else 0,
         options=options,
