@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum, rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
@@ -94,20 +94,21 @@ def writer(edits: Sequence[Edit], width: int, d_head: int) -> Callable[[Tensor],
 
 
 def reader(
-    weights: Float[Tensor, "batch window"] | None, grad: bool
-) -> Callable[[Tensor], Float[Tensor, "batch width"]]:
-    """A function that returns the last position of an activation, or a weighted sum of the last ones, as float32."""
+    weights: Float[Tensor, "batch *sum window"] | None, grad: bool
+) -> Callable[[Tensor], Float[Tensor, "batch *sum width"]]:
+    """A function that returns the last position of an activation, or weighted sums of the last ones, as float32."""
 
-    def read(activation: Tensor) -> Float[Tensor, "batch width"]:
+    def read(activation: Tensor) -> Float[Tensor, "batch *sum width"]:
         flat = activation.reshape(*activation.shape[:2], -1)
         if weights is None:
             last = flat[:, -1].float()
             # Without a copy the whole activation would stay in memory.
             return last if grad else last.clone()
-        window = flat[:, -weights.shape[1] :].float()
+        window = flat[:, -weights.shape[-1] :].float()
         counted = weights.to(window)
-        window = window.masked_fill(counted[..., None] == 0, 0)  # what a pad holds may be NaN
-        return einsum(counted, window, "batch window, batch window width -> batch width")
+        is_read = reduce(counted != 0, "batch ... window -> batch window", "any")
+        window = window.masked_fill(~is_read[..., None], 0)  # what a pad holds may be NaN
+        return einsum(counted, window, "batch ... window, batch window width -> batch ... width")
 
     return read
 
