@@ -46,6 +46,7 @@ from .methods.extraction import AcrossPrompts, Extraction, extract, extract_acro
 from .methods.function_vectors import FunctionVector, MeanState, function_vector
 from .methods.heads import head_effects, read_heads
 from .methods.linear import LinearVector, linear_vector
+from .methods.separators import SeparatorVectors, separator_vectors
 from .prompts import PAPER, ChatTemplate, Example, FreeText, PlainText, Prompt, PromptFormat, Template
 from .provenance import Provenance
 from .readout import TopTokens, top_tokens
@@ -104,6 +105,7 @@ __all__ = [
     "RemoteEngine",
     "Rule",
     "Score",
+    "SeparatorVectors",
     "Settings",
     "ShuffledDemonstrations",
     "Similarities",
@@ -159,6 +161,7 @@ __all__ = [
     "run_experiment",
     "sample",
     "score",
+    "separator_vectors",
     "show_tokens",
     "shuffle_answers",
     "shuffle_outputs",

@@ -5,6 +5,7 @@ from tv_lens.methods.extraction import AcrossPrompts, Extraction, extract, extra
 from tv_lens.methods.function_vectors import FunctionVector, MeanState, function_vector
 from tv_lens.methods.heads import head_effects, read_heads
 from tv_lens.methods.linear import LinearVector, linear_vector
+from tv_lens.methods.separators import SeparatorVectors, separator_vectors
 
 __all__ = [
     "AcrossPrompts",
@@ -13,10 +14,12 @@ __all__ = [
     "LinearVector",
     "MeanState",
     "Method",
+    "SeparatorVectors",
     "extract",
     "extract_across",
     "function_vector",
     "head_effects",
     "linear_vector",
     "read_heads",
+    "separator_vectors",
 ]
