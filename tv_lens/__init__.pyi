@@ -47,6 +47,7 @@ from .methods.function_vectors import FunctionVector, MeanState, function_vector
 from .methods.heads import head_effects, read_heads
 from .methods.linear import LinearVector, linear_vector
 from .methods.separators import SeparatorVectors, separator_vectors
+from .methods.states import StateVectors, state_vectors
 from .prompts import PAPER, ChatTemplate, Example, FreeText, PlainText, Prompt, PromptFormat, Template
 from .provenance import Provenance
 from .readout import TopTokens, top_tokens
@@ -110,6 +111,7 @@ __all__ = [
     "ShuffledDemonstrations",
     "Similarities",
     "Site",
+    "StateVectors",
     "Sweep",
     "Task",
     "TaskResult",
@@ -168,6 +170,7 @@ __all__ = [
     "shuffled_few_shot",
     "similarity",
     "starts_with",
+    "state_vectors",
     "sweep_layers",
     "top_tokens",
     "tsne",

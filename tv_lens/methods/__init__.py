@@ -6,6 +6,7 @@ from tv_lens.methods.function_vectors import FunctionVector, MeanState, function
 from tv_lens.methods.heads import head_effects, read_heads
 from tv_lens.methods.linear import LinearVector, linear_vector
 from tv_lens.methods.separators import SeparatorVectors, separator_vectors
+from tv_lens.methods.states import StateVectors, state_vectors
 
 __all__ = [
     "AcrossPrompts",
@@ -15,6 +16,7 @@ __all__ = [
     "MeanState",
     "Method",
     "SeparatorVectors",
+    "StateVectors",
     "extract",
     "extract_across",
     "function_vector",
@@ -22,4 +24,5 @@ __all__ = [
     "linear_vector",
     "read_heads",
     "separator_vectors",
+    "state_vectors",
 ]
