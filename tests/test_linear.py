@@ -17,6 +17,8 @@ from torch import Tensor
 
 import tv_lens as tv
 from tv_lens import LinearVector, linear_vector
+from tv_lens.edits import Edit, LinearMap
+from tv_lens.engines.hooks import writer
 from tv_lens.evidence.controls import random_like
 from tv_lens.methods.base import method_of
 from tv_lens.methods.extraction import read_site
@@ -133,6 +135,16 @@ def test_demonstrations_that_change_nothing_give_an_edit_of_zero(llama: Twins, m
     patched = tv.patched_logits(llama.bridge, ASKED, vectors, 1)
     for i, query in enumerate(queries):
         torch.testing.assert_close(patched[i], plain_run(llama, ids_of(llama.bridge, query.text))[1])
+
+
+def test_half_precision_models_round_only_the_result() -> None:
+    """The parts of what is added nearly cancel: 1000 and -999."""
+    offset, x = torch.full((1, 8), 1000.0), torch.full((1, 1, 8), 2.0, dtype=torch.bfloat16)
+    outward = torch.full((1, 8), -1000.0 / 16 + 1 / 16)
+    edit = Edit(offset, torch.tensor([0]), 0, op="add", linear=LinearMap(torch.ones(1, 8), outward))
+    written = writer([edit], width=1, d_head=1)(x)
+    assert written.dtype == torch.bfloat16
+    assert written.tolist() == [[[3.0] * 8]]  # 2 + 1000 + 16 * outward
 
 
 def test_some_layers_are_as_in_all_layers(llama: Twins) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -211,3 +212,13 @@ def test_another_number_of_separators_is_refused_before_the_model_runs(
     no_separator: Sequence[tv.Prompt] = [replace(p, template=tv.Template("{input}{output}")) for p in PROMPTS]
     with pytest.raises(tv.TvLensError, match="prompt 0 has 0 tokens for positions='separators'"):
         separator_vectors(engine, no_separator, SUBSTITUTES, own=True)
+
+
+def test_the_page_on_several_vectors_runs(llama: Twins) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "several_vectors.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python (\w+)\n(.*?)^```$", page, re.M | re.S)
+    assert [name for name, _ in blocks] == ["prompts", "linear", "separators", "states", "experiment"]
+    known: dict[str, Any] = {"model": tv.LocalEngine(llama.bridge, progress=False), "task": TASK}
+    for _, code in blocks:
+        code = re.sub(r"(sample\(|n_dev=|n_test=)\d+", r"\g<1>4", code)  # fewer prompts and tokens, to be quick
+        exec(code.replace("n_dev=", "max_new_tokens=1, n_dev="), known)

@@ -64,15 +64,20 @@ class _Step:
             turned = normalize(before, dim=-1) + (1 + opposed.clamp_min(0))[:, None] * values
             rotated: Tensor = normalize(turned, dim=-1) * before.norm(dim=-1, keepdim=True)
             return rotated
-        after = before + values
-        if self.linear is not None:
-            inward, outward = self.linear.inward.to(before), self.linear.outward.to(before)
-            after = after + before @ inward.T @ outward
+        after = before + (values if self.linear is None else self.added(before, self.linear))
         if not self.keep_norm:
             return after
         scale = before.norm(dim=-1, keepdim=True) / after.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         scaled: Tensor = after * scale
         return scaled
+
+    def added(self, before: Float[Tensor, "cell width"], linear: LinearMap) -> Float[Tensor, "cell width"]:
+        """The values and the linear function of `before`, summed in float32 or better because they nearly cancel."""
+        dtype = torch.promote_types(before.dtype, torch.float32)
+        values, inward, outward = (
+            each.to(before.device, dtype) for each in (self.values, linear.inward, linear.outward)
+        )
+        return (values + before.to(dtype) @ inward.T @ outward).to(before)
 
 
 def writer(edits: Sequence[Edit], width: int, d_head: int) -> Callable[[Tensor], Tensor]:

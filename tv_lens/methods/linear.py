@@ -61,7 +61,7 @@ def linear_vector(
     chosen = _chosen_layers(engine, layers)
     few = read_site(engine, [[prompt] for prompt in prompts], RESID_POST, "last")[:, chosen]
     zero = read_site(engine, [[prompt.zero_shot()] for prompt in prompts], RESID_POST, "last")[:, chosen]
-    intercept, maps = ridge(zero, few.double() - zero.double(), penalty)
+    intercept, maps = _ridge(zero, few.double() - zero.double(), penalty)
     vectors = vectors_of(
         engine,
         values=rearrange(intercept, "layer d_model -> 1 layer d_model"),
@@ -75,13 +75,15 @@ def linear_vector(
     return replace(vectors, op="add", maps=maps)
 
 
-def ridge(
+def _ridge(
     states: Float[Tensor, "prompt layer d_model"], effects: Float[Tensor, "prompt layer d_model"], penalty: float
 ) -> tuple[Float[Tensor, "layer d_model"], LinearMaps]:
     """The intercept and the factors of W at every layer, computed in float64.
 
     With X and Y the centered states and effects, W^T = (X^T X + penalty)^-1 X^T Y = X^T (X X^T + penalty)^-1 Y. The
-    second form is used if there are fewer prompts than dimensions; no matrix of d_model x d_model is made then.
+    second form is used if there are fewer prompts than dimensions; no matrix of d_model x d_model is made then. Its
+    middle is split in two by the Cholesky factor L of X X^T + penalty: inward = L^-1 X, outward = L^-1 Y. Neither
+    factor is large then, so that little is lost when they are rounded to float32.
     """
     x, y = states.double(), effects.double()
     x_mean, y_mean = (reduce(each, "prompt layer d_model -> layer 1 d_model", "mean") for each in (x, y))
@@ -89,7 +91,8 @@ def ridge(
     y = rearrange(y, "prompt layer d_model -> layer prompt d_model") - y_mean
     n_layers, n, width = x.shape
     if n < width:
-        inward, outward = x, torch.linalg.solve(x @ x.mT + penalty * _identity(n), y)
+        factor = torch.linalg.cholesky(x @ x.mT + penalty * _identity(n))
+        inward, outward = (torch.linalg.solve_triangular(factor, each, upper=False) for each in (x, y))
     else:
         inward = _identity(width).expand(n_layers, -1, -1)
         outward = torch.linalg.solve(x.mT @ x + penalty * _identity(width), x.mT @ y)
