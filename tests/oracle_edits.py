@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from models import Twins
+from models import Twins, ids_of
 from torch import Tensor, nn
 
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
@@ -114,3 +115,14 @@ def hooked_run(
         for handle in handles:
             handle.remove()
     return seen, logits[0]
+
+
+def separators(twins: Twins, text: str, bos: bool | None = None) -> tuple[Tensor, list[int]]:
+    """The ids of a text, and the last token that ends within each "->", or the space after it, by the tokenizer's own
+    offsets.
+    """
+    ids = ids_of(twins.bridge, text, bos)
+    offsets = twins.bridge.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+    in_front = ids.shape[1] - len(offsets)
+    ends = [match.end() for match in re.finditer("-> ?", text)]
+    return ids, [in_front + max(i for i, (_, last) in enumerate(offsets) if last <= end) for end in ends]

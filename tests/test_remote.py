@@ -126,6 +126,11 @@ def test_a_read_sees_the_patches_before_it(inspected: Pair) -> None:
     torch.testing.assert_close(actual[0], plain_run(twins, ids, (1, at, vector[0]))[0], atol=1e-4, rtol=0)
 
 
+def test_inspect_reads_several_positions_separately(inspected: Pair) -> None:
+    remote, local = (tv.separator_vectors(each, PROMPTS, SUBSTITUTES, own=True) for each in inspected[:2])
+    torch.testing.assert_close(remote.values, local.values, atol=1e-4, rtol=0)
+
+
 def test_wrong_use_is_refused_before_anything_runs(inspected: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspected.remote, "forward", refuse)
     name = tv.RemoteEngine(inspected.remote).name

@@ -47,6 +47,9 @@ from .methods.extraction import AcrossPrompts, Extraction, extract, extract_acro
 from .methods.function_vectors import FunctionVector, MeanState, function_vector
 from .methods.heads import head_effects, read_heads
 from .methods.learning import DistilledVector, Learned, LearnedVector, learn
+from .methods.linear import LinearVector, linear_vector
+from .methods.separators import SeparatorVectors, separator_vectors
+from .methods.states import StateVectors, state_vectors
 from .prompts import PAPER, ChatTemplate, Example, FreeText, PlainText, Prompt, PromptFormat, Template
 from .provenance import Provenance
 from .readout import TopTokens, top_tokens
@@ -93,6 +96,7 @@ __all__ = [
     "Learned",
     "LearnedVector",
     "LinearMaps",
+    "LinearVector",
     "LocalEngine",
     "MeanDifference",
     "MeanState",
@@ -109,10 +113,12 @@ __all__ = [
     "RemoteEngine",
     "Rule",
     "Score",
+    "SeparatorVectors",
     "Settings",
     "ShuffledDemonstrations",
     "Similarities",
     "Site",
+    "StateVectors",
     "Sweep",
     "Task",
     "TaskResult",
@@ -151,6 +157,7 @@ __all__ = [
     "layers",
     "learn",
     "library",
+    "linear_vector",
     "map_vectors",
     "mcnemar",
     "mean_difference",
@@ -166,12 +173,14 @@ __all__ = [
     "run_experiment",
     "sample",
     "score",
+    "separator_vectors",
     "show_tokens",
     "shuffle_answers",
     "shuffle_outputs",
     "shuffled_few_shot",
     "similarity",
     "starts_with",
+    "state_vectors",
     "sweep_layers",
     "top_tokens",
     "tsne",

@@ -92,11 +92,12 @@ class Pass:
     """What came out of one forward pass.
 
     `logits` are those after the last position, or after each of the last positions if a number of them was asked for;
-    None if none were. `reads` hold the sites asked for; their layer axis follows `Engine.layers_of(site)`.
+    None if none were. `reads` hold the sites asked for; their layer axis follows `Engine.layers_of(site)`. If several
+    sums were asked for (see `Engine.forward`), their axis follows that.
     """
 
     logits: Float[Tensor, "batch *pos d_vocab"] | None = None
-    reads: Mapping[Site, Float[Tensor, "batch layer width"]] = field(default_factory=dict)
+    reads: Mapping[Site, Float[Tensor, "batch layer *sum width"]] = field(default_factory=dict)
     past: Past = None
 
 
@@ -127,7 +128,7 @@ class Engine(ABC):
         *,
         edits: Edits = Edits(),
         read: Sequence[Site] = (),
-        weights: Float[Tensor, "batch window"] | None = None,
+        weights: Float[Tensor, "batch *sum window"] | None = None,
         past: Past = None,
         logits: bool | int = True,
         keep_past: bool = True,
@@ -139,7 +140,8 @@ class Engine(ABC):
             edits: what to write; their positions count from the end of `tokens`.
             read: sites to read, in float32 on the CPU, after the edits.
             weights: how much each of the last `window` positions counts in a read, which is then their weighted sum;
-                None reads the last position alone.
+                None reads the last position alone. With an axis before the last one, several sums are read in the same
+                pass, such as several positions separately.
             past: what an earlier pass returned. It is consumed; fork it first to use it again.
             logits: whether to compute the logits (float32) after the last position, or after each of how many of the
                 last positions.
@@ -271,7 +273,7 @@ class StatelessEngine(Engine):
         *,
         edits: Edits,
         read: Sequence[Site],
-        weights: Float[Tensor, "batch window"] | None,
+        weights: Float[Tensor, "batch *sum window"] | None,
         logits: bool | int,
         grad: bool,
     ) -> Pass:
@@ -283,7 +285,7 @@ class StatelessEngine(Engine):
         *,
         edits: Edits = Edits(),
         read: Sequence[Site] = (),
-        weights: Float[Tensor, "batch window"] | None = None,
+        weights: Float[Tensor, "batch *sum window"] | None = None,
         past: Past = None,
         logits: bool | int = True,
         keep_past: bool = True,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum, rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
@@ -64,15 +64,20 @@ class _Step:
             turned = normalize(before, dim=-1) + (1 + opposed.clamp_min(0))[:, None] * values
             rotated: Tensor = normalize(turned, dim=-1) * before.norm(dim=-1, keepdim=True)
             return rotated
-        after = before + values
-        if self.linear is not None:
-            inward, outward = self.linear.inward.to(before), self.linear.outward.to(before)
-            after = after + before @ inward.T @ outward
+        after = before + (values if self.linear is None else self.added(before, self.linear))
         if not self.keep_norm:
             return after
         scale = before.norm(dim=-1, keepdim=True) / after.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         scaled: Tensor = after * scale
         return scaled
+
+    def added(self, before: Float[Tensor, "cell width"], linear: LinearMap) -> Float[Tensor, "cell width"]:
+        """The values and the linear function of `before`, summed in float32 or better because they nearly cancel."""
+        dtype = torch.promote_types(before.dtype, torch.float32)
+        values, inward, outward = (
+            each.to(before.device, dtype) for each in (self.values, linear.inward, linear.outward)
+        )
+        return (values + before.to(dtype) @ inward.T @ outward).to(before)
 
 
 def writer(edits: Sequence[Edit], width: int, d_head: int) -> Callable[[Tensor], Tensor]:
@@ -94,20 +99,21 @@ def writer(edits: Sequence[Edit], width: int, d_head: int) -> Callable[[Tensor],
 
 
 def reader(
-    weights: Float[Tensor, "batch window"] | None, grad: bool
-) -> Callable[[Tensor], Float[Tensor, "batch width"]]:
-    """A function that returns the last position of an activation, or a weighted sum of the last ones, as float32."""
+    weights: Float[Tensor, "batch *sum window"] | None, grad: bool
+) -> Callable[[Tensor], Float[Tensor, "batch *sum width"]]:
+    """A function that returns the last position of an activation, or weighted sums of the last ones, as float32."""
 
-    def read(activation: Tensor) -> Float[Tensor, "batch width"]:
+    def read(activation: Tensor) -> Float[Tensor, "batch *sum width"]:
         flat = activation.reshape(*activation.shape[:2], -1)
         if weights is None:
             last = flat[:, -1].float()
             # Without a copy the whole activation would stay in memory.
             return last if grad else last.clone()
-        window = flat[:, -weights.shape[1] :].float()
+        window = flat[:, -weights.shape[-1] :].float()
         counted = weights.to(window)
-        window = window.masked_fill(counted[..., None] == 0, 0)  # what a pad holds may be NaN
-        return einsum(counted, window, "batch window, batch window width -> batch width")
+        is_read = reduce(counted != 0, "batch ... window -> batch window", "any")
+        window = window.masked_fill(~is_read[..., None], 0)  # what a pad holds may be NaN
+        return einsum(counted, window, "batch ... window, batch window width -> batch ... width")
 
     return read
 

@@ -118,7 +118,7 @@ class LocalEngine(Engine):
         *,
         edits: Edits = Edits(),
         read: Sequence[Site] = (),
-        weights: Float[Tensor, "batch window"] | None = None,
+        weights: Float[Tensor, "batch *sum window"] | None = None,
         past: Past = None,
         logits: bool | int = True,
         keep_past: bool = True,
@@ -230,7 +230,7 @@ class LocalEngine(Engine):
         tokens: Tokens,
         edits: Edits,
         read: Sequence[Site],
-        weights: Float[Tensor, "batch window"] | None,
+        weights: Float[Tensor, "batch *sum window"] | None,
         past: Past,
         logits: bool | int,
         keep_past: bool,
@@ -285,7 +285,7 @@ class LocalEngine(Engine):
         return [(point, counted(point, writer(some, width, self.info.d_head))) for point, some in by_point.items()]
 
     def _read_hooks(
-        self, reads: dict[Site, dict[int, Tensor]], weights: Float[Tensor, "batch window"] | None, grad: bool
+        self, reads: dict[Site, dict[int, Tensor]], weights: Float[Tensor, "batch *sum window"] | None, grad: bool
     ) -> list[tuple[HookPoint, Callable[[Tensor], Tensor | None]]]:
         read = reader(weights, grad)
 
@@ -301,7 +301,7 @@ class LocalEngine(Engine):
             for layer in self.layers_of(site)
         ]
 
-    def _stacked(self, site: Site, by_layer: dict[int, Tensor]) -> Float[Tensor, "batch layer width"]:
+    def _stacked(self, site: Site, by_layer: dict[int, Tensor]) -> Float[Tensor, "batch layer *sum width"]:
         missing = [layer for layer in self.layers_of(site) if layer not in by_layer]
         if missing:
             raise EngineError(f"{self.name} gave no read of {site} at the layers {missing}")

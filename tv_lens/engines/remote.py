@@ -91,7 +91,7 @@ class RemoteEngine(StatelessEngine):
         *,
         edits: Edits,
         read: Sequence[Site],
-        weights: Float[Tensor, "batch window"] | None,
+        weights: Float[Tensor, "batch *sum window"] | None,
         logits: bool | int,
         grad: bool,
     ) -> Pass:
@@ -134,16 +134,16 @@ class RemoteEngine(StatelessEngine):
         return last, captured
 
     def _stacked(
-        self, site: Site, rows: Sequence[dict[str, Tensor]], weights: Float[Tensor, "batch window"] | None
-    ) -> Float[Tensor, "batch layer width"]:
+        self, site: Site, rows: Sequence[dict[str, Tensor]], weights: Float[Tensor, "batch *sum window"] | None
+    ) -> Float[Tensor, "batch layer *sum width"]:
         stacked = []
         for i, captured in enumerate(rows):
             layers = torch.stack([captured[name] for name in self._hooks[site].values()])  # layer pos width
             if weights is None:
                 stacked.append(layers[:, -1])
                 continue
-            window = min(weights.shape[1], layers.shape[1])
-            stacked.append(torch.einsum("p,lpd->ld", weights[i, -window:], layers[:, -window:]))
+            window = min(weights.shape[-1], layers.shape[1])
+            stacked.append(torch.einsum("...p,lpd->l...d", weights[i, ..., -window:], layers[:, -window:]))
         return torch.stack(stacked)
 
     def _specs(self, edits: Edits, length: int) -> dict[str, dict[str, Any]]:

@@ -45,7 +45,7 @@ def extract(
     """
     engine = engine_for(model)
     check_prompts(prompts)
-    k = _check_substitutes(prompts, substitutes)
+    k = check_substitutes(prompts, substitutes)
     asked = [[prompt.asking(query) for query in queries] for prompt, queries in zip(prompts, substitutes, strict=True)]
     read = read_site(engine, asked, site, positions)
     means = reduce(read, "(prompt substitute) layer width -> prompt layer width", "mean", substitute=k)
@@ -155,7 +155,8 @@ def _weights(places: Sequence[Sequence[int]]) -> Float[Tensor, "row window"]:
     return weights
 
 
-def _check_substitutes(prompts: Sequence[Prompt], substitutes: Sequence[Sequence[str]]) -> int:
+def check_substitutes(prompts: Sequence[Prompt], substitutes: Sequence[Sequence[str]]) -> int:
+    """How many substitutes each prompt has; an error if these do not fit the prompts."""
     if len(substitutes) != len(prompts):
         raise TvLensError(
             f"{len(prompts)} prompts and substitutes for {len(substitutes)}; give each prompt its own, as "
