@@ -408,3 +408,70 @@ def test_heads_are_head_effects(capsys: pytest.CaptureFixture[str], tiny: Tiny, 
     assert (code, "change of log-probability" in out, "attribution" in out, "\nnote: " in out) == (0, True, True, True)
     code, _, err = call(capsys, "heads", pairs, *drawn, "--save", str(tmp_path / "x.json"))
     assert (code, ".safetensors" in err) == (2, True)
+
+
+def test_learn_is_learn(capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path) -> None:
+    file, plot, training = (str(tmp_path / name) for name in ("v.safetensors", "c.html", "t.safetensors"))
+    options = ["--model", tiny.folder, "--prompts", "6", "--shots", "1", "--layers", "1,3", "--epochs", "2", "--quiet"]
+    actual = as_json(capsys, "learn", pairs, "--to", file, *options, "--plot", plot, "--resume", training)
+    task = tv.Task.from_file(pairs)
+    expected = tv.learn(tiny.twins.bridge, task.sample(6, shots=1, seed=0), layers=[1, 3], epochs=2)
+    assert actual["best_layers"] == list(expected.best_layers)
+    assert (tv.TaskVectors.load(file).values - expected.vectors.values).abs().max() < 1e-4
+    assert "validation accuracy" in Path(plot).read_text(encoding="utf-8")
+    again = as_json(capsys, "learn", pairs, "--to", file, *options, "--resume", training)  # nothing is left to do
+    assert again == actual
+    code, out, _ = call(capsys, "learn", pairs, "--to", file, *options, "--how", "overwrite", "--start", file)
+    assert (code, "best layer" in out, "validation_loss" in out) == (0, True, True)
+    assert tv.TaskVectors.load(file).op == "set"
+
+
+def test_methods_are_chosen_by_name(capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path) -> None:
+    file = str(tmp_path / "v.safetensors")
+    drawn = [pairs, "--model", tiny.folder, "--shots", "2", "--quiet"]
+    few = [*drawn, "--prompts", "4"]
+    compared = ["--method", "linear_vector:penalty=2.5", "--method", "learn:epochs=1,layers=[1],keep=null"]
+    actual = as_json(capsys, "run", *drawn, "--n-dev", "4", "--n-test", "4", "--max-new-tokens", "2", *compared)
+    methods = actual["settings"]["methods"]
+    assert list(methods) == ["linear_vector", "learn"]
+    assert (methods["linear_vector"]["penalty"], methods["learn"]["layers"], methods["learn"]["keep"]) == (
+        2.5,
+        [1],
+        None,
+    )
+    made = as_json(capsys, "extract", *few, "--to", file, "--method", "extract:site=attn_out")
+    assert (made["method"], tv.TaskVectors.load(file).site) == ("extract", tv.ATTN_OUT)
+    swept = as_json(capsys, "sweep", *few, "--method", "learn:layers=[0,2],epochs=1,how=overwrite")
+    assert {row["layer"] for row in swept["layers"]} < {0, 2}  # the layer with the best validation
+    code, out, _ = call(capsys, "extract", *few, "--to", file, "--method", "state_vectors")
+    assert (code, "state_vectors" in out) == (0, True)
+
+
+def test_every_method_has_a_name_on_the_command_line() -> None:
+    from tv_lens.cli.checks import METHODS
+    from tv_lens.methods import base
+
+    own = {name for name, kind in base.METHODS.items() if kind.__module__.startswith("tv_lens.")}
+    assert set(METHODS) == own
+    assert list(METHODS) == sorted(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["sweep", "--method", "lern"], "no method 'lern'; did you mean learn?"),
+        (["sweep", "--method", "learn", "--across"], "--across is the method extract_across"),
+        (["sweep", "--method", "learn:epochs"], "'epochs' is not option=value"),
+        (["sweep", "--method", "learn:epoch=1"], "learn has no option 'epoch'; it has objective, layers"),
+        (["sweep", "--method", "learn:keep=0"], "keep is 0"),
+        (["learn", "--to", "v.safetensors", "--layers", "a"], "--layers a: give numbers"),
+        (["learn", "--to", "v.safetensors", "--objective", "speed"], "use answer or few-shot"),
+        (["learn", "--to", "v.bin"], "must end in .safetensors"),
+    ],
+)
+def test_mistakes_about_methods_are_one_line(
+    capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, options: list[str], message: str
+) -> None:
+    command, *rest = options
+    code, _, err = call(capsys, command, pairs, "--model", tiny.folder, "--shots", "1", "--prompts", "4", *rest)
+    assert (code, message in err, err.count("\n")) == (2, True, 1), err

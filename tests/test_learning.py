@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -436,3 +437,36 @@ def test_the_curve_is_shown(llama: Twins) -> None:
     names = {f"layer {layer}" + (" (best)" if layer == best else "") for layer in range(4)}
     assert {trace.name for trace in figure.data} == names
     assert len(figure.data) == 3 * 4
+
+
+def test_the_page_on_learning_runs(llama: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "learning.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python (\w+)\n(.*?)^```$", page, re.M | re.S)
+    assert [name for name, _ in blocks] == ["learn", "resume", "experiment"]
+    task = tv.Task("upper", tuple(f"{a}{b}" for a in "abcdef" for b in "stuvwxyz"), str.upper)
+    known: dict[str, Any] = {"model": engine_of(llama), "task": task}
+    for _, code in blocks:
+        exec(code.replace("sample(30", "sample(10"), known)
+    assert known["learned"].curve[-1].epoch == 4
+
+
+def test_memory_that_runs_out_does_not_count_a_row_twice(llama: Twins) -> None:
+    engine, examples = trained(llama, PROMPTS)
+    theta = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    expected = Trainer(engine, (0, 1, 2, 3), tv.add(), Prefixes()).run(examples, range(6), theta, range(4), grad=True)
+    forward, passes = engine.forward, [0]
+
+    def scarce(tokens: tv.Tokens, **options: Any) -> Any:
+        passes[0] += 1
+        if len(tokens) > 8 and options.get("grad"):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(tokens, **options)
+
+    engine.forward = scarce  # type: ignore[method-assign]
+    with pytest.warns(tv.TvLensWarning, match="no memory for"):
+        actual = Trainer(engine, (0, 1, 2, 3), tv.add(), Prefixes()).run(examples, range(6), theta, range(4), grad=True)
+    assert actual.gradient is not None
+    assert expected.gradient is not None
+    torch.testing.assert_close(actual.losses, expected.losses, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual.gradient, expected.gradient, atol=1e-5, rtol=1e-4)
