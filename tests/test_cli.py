@@ -466,6 +466,10 @@ def test_every_method_has_a_name_on_the_command_line() -> None:
         (["sweep", "--method", "learn:keep=0"], "keep is 0"),
         (["learn", "--to", "v.safetensors", "--layers", "a"], "--layers a: give numbers"),
         (["learn", "--to", "v.safetensors", "--objective", "speed"], "use answer or few-shot"),
+        (["sweep", "--method", "learn:epochs=many"], "epochs=many"),
+        (["sweep", "--method", "linear_vector:penalty=much"], "are not options that it takes"),
+        (["sweep", "--method", "learn:how=subtract"], "how is subtract"),
+        (["learn", "--to", "v.safetensors", "--resume", "v.safetensors"], "are both v.safetensors"),
         (["learn", "--to", "v.bin"], "must end in .safetensors"),
     ],
 )

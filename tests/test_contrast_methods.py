@@ -20,7 +20,7 @@ import tv_lens as tv
 from tv_lens import Example, Prompt
 from tv_lens.evidence.controls import Treatment
 from tv_lens.methods.base import method_of
-from tv_lens.shuffling import swap_demonstrations
+from tv_lens.shuffling import pair_within_sides, swap_demonstrations
 
 POSITIVE = ["hot", "the quick brown fox", "a", "tall -> short"]
 NEGATIVE = ["cold", "a b", "wet and dry", "x y z -> y"]
@@ -277,7 +277,7 @@ def test_the_control_swaps_half_of_the_demonstrations(llama: Twins) -> None:
     shown = {example for prompt in PROMPTS for example in prompt.examples}
     mixed = method.shuffled(PROMPTS, 1)
     assert mixed is not None
-    assert mixed == swap_demonstrations(PROMPTS, 1) == tv.InContextVector().shuffled(PROMPTS, 1)
+    assert mixed == swap_demonstrations(PROMPTS, 1)
     assert mixed != method.shuffled(PROMPTS, 2)
     swapped = {Example(each.output, each.input) for prompt in mixed for each in prompt.examples} & shown
     assert len(swapped) == len(shown) // 2
@@ -293,6 +293,26 @@ def test_the_control_swaps_half_of_the_demonstrations(llama: Twins) -> None:
     mean = (differences * torch.tensor(signs)[:, None, None]).mean(dim=0)
     torch.testing.assert_close(control.values[0], mean, atol=1e-5, rtol=1e-4)
     assert float(permuted.values.norm()) > float(control.values.norm())
+
+
+@pytest.mark.parametrize("method", [tv.MeanDifference(direction="pca"), tv.InContextVector()], ids=str)
+def test_a_component_is_controlled_by_pairs_within_inputs_and_outputs(llama: Twins, method: Any) -> None:
+    """Swapped pairs would have the same principal component."""
+    engine = tv.LocalEngine(llama.bridge, progress=False)
+    mixed = method.shuffled(PROMPTS, 1)
+    assert mixed != method.shuffled(PROMPTS, 2)
+    shown = {example for prompt in PROMPTS for example in prompt.examples}
+    inputs, outputs = {each.input for each in shown}, {each.output for each in shown}
+    pairs = {example for prompt in mixed for example in prompt.examples}
+    assert len(pairs) == len(shown)
+    assert all(set(pair) <= inputs or set(pair) <= outputs for pair in pairs)
+    assert sorted(pair.input for pair in pairs) == sorted(pair.output for pair in pairs)
+    made, control = (method(engine, LETTERS, prompts, 0).values[0] for prompts in (PROMPTS, mixed))
+    cosines = torch.nn.functional.cosine_similarity(made, control, dim=-1)
+    assert float(cosines.abs().max()) < 0.95
+    assert method.shuffled([Prompt((Example("a", "b"), Example("c", "d"), Example("e", "f")), "q")], 0) is None
+    with pytest.raises(tv.TvLensError, match="4 or more are paired anew"):
+        pair_within_sides([Prompt((Example("a", "b"),), "q")], 0)
 
 
 def test_inverse_demonstrations_are_swapped_together() -> None:
@@ -320,6 +340,7 @@ def test_inverse_demonstrations_are_swapped_together() -> None:
         (lambda model: tv.mean_difference(model, PAIRS, strength=float("nan")), "strength is nan"),
         (lambda model: tv.mean_difference(model, POSITIVE, ["a"], direction="pca"), "4 positive and 1 negative"),
         (lambda model: tv.mean_difference(model, ["a"], ["a"], direction="pca"), "both texts of every pair are equal"),
+        (lambda model: tv.mean_difference(model, ["a"], ["a"]), "does not distinguish the two sides"),
         (lambda model: tv.mean_difference(model, ["a"], ["a" * 200]), "prompt 1 has .* context"),
         (lambda model: tv.in_context_vector(model, PROMPTS, strength=float("inf")), "strength is inf"),
         (lambda model: tv.in_context_vector(model, [Prompt((), "q")]), "have no demonstrations"),

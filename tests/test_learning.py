@@ -17,7 +17,7 @@ import tv_lens as tv
 from tv_lens import LearnedVector, Prompt, learn
 from tv_lens.engines import Prefixes, gradient
 from tv_lens.methods.base import method_of
-from tv_lens.methods.training import Examples, Trainer
+from tv_lens.methods.losses import Examples, Trainer
 
 # Queries and answers of different lengths.
 PAIRS = {"a": "b", "hot": "cold", "big": "very small", "tall": "s", "wet -> dry": "the quick brown fox", "fox": "ox"}
@@ -231,6 +231,11 @@ def test_a_training_resumes_from_its_file(llama: Twins, tmp_path: Path) -> None:
         learn(engine, PROMPTS[:4], epochs=2, file=file, **{**options, "lr": 0.1})
     with pytest.raises(tv.TvLensError, match=r"other settings \(prompts\)"):
         learn(engine, PROMPTS[1:4], epochs=2, file=file, **options)
+    with pytest.raises(tv.TvLensError, match="has 2 epochs, more than epochs=1"):
+        learn(engine, PROMPTS[:4], epochs=1, file=file, **options)
+    with pytest.raises(tv.TvLensError, match=r"other settings \(bos, prompts\)|other settings \(bos\)"):
+        plain = tv.LocalEngine(llama.bridge, prepend_bos=False, progress=False)
+        learn(plain, PROMPTS[:4], epochs=2, file=file, **options)
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(tv.TvLensError, match="not a file of a training, or a damaged one"):
@@ -254,6 +259,38 @@ def test_training_can_begin_at_extracted_vectors(llama: Twins) -> None:
     torch.testing.assert_close(learned.vectors.values, read.mean().values[:, [1, 3]])
     assert (learned.vectors.op, learned.vectors.layers) == ("set", (1, 3))
     assert learned.vectors.options["start"] == str(read.provenance)
+
+
+def test_gradients_are_on_whatever_the_caller_turned_off(llama: Twins) -> None:
+    expected = learn(engine_of(llama), PROMPTS, layers=1, **QUICK).vectors.values
+    with torch.no_grad():
+        assert torch.equal(learn(engine_of(llama), PROMPTS, layers=1, **QUICK).vectors.values, expected)
+    with torch.inference_mode():
+        assert torch.equal(learn(engine_of(llama), PROMPTS, layers=1, **QUICK).vectors.values, expected)
+
+
+def test_without_validation_no_layer_is_the_best(llama: Twins) -> None:
+    learned = learn(engine_of(llama), PROMPTS, layers=[1, 2], **QUICK)
+    assert learned.best_layers == ()
+    assert learned.best()["epoch"].tolist() == [2, 2]
+    assert "without validation" in repr(learned)
+    assert "best" not in learned.plot().layout.title.text
+    vectors = LearnedVector(layers=(1, 2), **QUICK)(engine_of(llama), TASK, PROMPTS, 0)
+    assert vectors.tried_layers == (1, 2)
+    assert learn(engine_of(llama), PROMPTS[:3], validation=0.1, epochs=0).vectors.options["n_validation"] == 1
+
+
+def test_a_start_keeps_the_strength_it_is_meant_to_have(llama: Twins) -> None:
+    engine = engine_of(llama)
+    directions = tv.mean_difference(engine, ["big", "tall"], ["hot", "wet"], strength=4.0)
+    begun = learn(engine, PROMPTS, start=directions, epochs=0, how=tv.add(0.5)).vectors
+    for prompts in (PROMPTS[:2], PROMPTS[3:]):
+        torch.testing.assert_close(
+            tv.patched_logits(engine, prompts, begun, 1),
+            tv.patched_logits(engine, prompts, directions, 1, positions="last"),
+        )
+    with pytest.warns(tv.TvLensWarning, match="were read from other"):
+        learn(engine, PROMPTS, start=replace(directions, model="other"), epochs=0)
 
 
 def test_nothing_is_left_on_the_model(llama: Twins) -> None:
@@ -338,6 +375,7 @@ def test_a_model_that_overwrites_what_gradients_need_is_refused(llama: Twins) ->
         ({"start": torch.zeros(4, 32)}, "vectors are a Tensor"),
         ({"positions": "separators and more"}, "positions is"),
         ({"positions": [-99]}, "there is none at position -99"),
+        ({"validation": PROMPTS[:2]}, "2 queries are in training and in validation prompts"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_model_runs(
@@ -350,8 +388,9 @@ def test_what_cannot_be_trained_is_refused_before_the_model_runs(
 
 
 def test_prompts_need_what_the_objective_needs(llama: Twins) -> None:
-    with pytest.raises(tv.TvLensError, match="prompt 0 has no answer"):
-        learn(llama.bridge, [Prompt((), "hot")], validation=0.0)
+    lacking = [*PROMPTS[:3], replace(PROMPTS[3], answer=None)]
+    with pytest.raises(tv.TvLensError, match="prompt 3 has no answer to learn"):
+        learn(llama.bridge, lacking, validation=0.5)
     with pytest.raises(tv.TvLensError, match="few-shot distribution needs demonstrations"):
         learn(llama.bridge, [Prompt((), "hot", answer="cold")], objective="few-shot", validation=0.0)
 
@@ -395,6 +434,22 @@ def test_permuted_answers_keep_none_of_their_own() -> None:
     assert LearnedVector(objective="few-shot").shuffled(prompts, 1) is None  # one demonstration
     with pytest.raises(tv.TvLensError, match="to permute"):
         tv.shuffle_answers(prompts[:1], 0)
+
+
+def test_a_control_does_not_begin_at_the_vector_of_the_task() -> None:
+    prompts = LETTERS.sample(6, shots=3, seed=0)
+    mixed = LearnedVector(start="extract").shuffled(prompts, 1)
+    assert mixed == tv.shuffle_outputs(tv.shuffle_answers(prompts, 1), 1)
+    assert LearnedVector(start="shift").shuffled(LETTERS.sample(6, shots=1, seed=0), 1) is None
+
+
+def test_an_experiment_needs_a_layer_that_the_method_tries(llama: Twins) -> None:
+    method = LearnedVector(layers=1, epochs=0)
+    with pytest.raises(tv.TvLensError, match=r"to try at the layers \[1\], and none of these is among layers=\[0\]"):
+        tv.run_experiment(llama.bridge, [LETTERS], methods=[method], layers=[0], **SMALL)
+    for options in ({"objective": "speed"}, {"lr": -1.0}, {"keep": 0}, {"start": "one"}, {"how": tv.rotate()}):
+        with pytest.raises(tv.TvLensError):
+            LearnedVector(**options)
 
 
 def test_an_evaluation_does_not_train_on_test_prompts(llama: Twins) -> None:

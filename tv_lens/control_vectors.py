@@ -80,6 +80,8 @@ def _check_addable(content: Content) -> None:
             f"{name} overwrite the activation, and llama.cpp can only add; export a difference instead, such as "
             "mean_difference(...), a function vector, or dataclasses.replace(vectors - others, op='add')"
         )
+    if content.usage.keep_norm:
+        raise TvLensError(f"{name} keep the activation's length, which llama.cpp cannot; use a usage without keep_norm")
     if content.op != "add":
         raise TvLensError(f"{name} turn the activation ({content.op!r}), and llama.cpp can only add")
 
@@ -87,7 +89,7 @@ def _check_addable(content: Content) -> None:
 def _chosen_layers(content: Content, layers: Sequence[int] | None) -> list[int]:
     """The layers to export, in order."""
     if layers is None:
-        chosen = sorted(layer for layer in content.layers if layer > 0)
+        chosen = sorted(layer for layer in content.usage.tried or content.layers if layer > 0)
         if not chosen:
             raise TvLensError("the vectors are for layer 0 alone, which llama.cpp cannot add to")
         if 0 in content.layers:

@@ -301,8 +301,11 @@ class Usage:
     `positions`, `keep_demonstrations`, and how they are added are defaults of the keywords of `patch_generate`.
     With `per_position` the vectors belong to the positions, one to each in order, instead of to the prompts. `span` is
     which layers are written to if a layer is named: "one" that layer; "up to" all layers with vectors up to it;
-    "together" the same, for vectors that were made for all their layers at once, so that only the last is tried.
+    "together" all layers with vectors, whichever is named, so that a sweep tries only the last.
     `tried` are the layers that a sweep tries, if these are not all of them.
+
+    Raises:
+        TvLensError: another span, or a strength that is not finite.
     """
 
     positions: Positions = "last"
@@ -313,6 +316,16 @@ class Usage:
     per_position: bool = False
     span: Literal["one", "up to", "together"] = "one"
     tried: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.positions, str):
+            object.__setattr__(self, "positions", tuple(self.positions))
+        object.__setattr__(self, "tried", tuple(self.tried))
+        if self.span not in ("one", "up to", "together") or not math.isfinite(self.strength):
+            raise TvLensError(
+                f"span is {self.span!r}, strength {self.strength}; a span is 'one', 'up to' or 'together', a strength "
+                "is a finite number"
+            )
 
 
 @dataclass(frozen=True)

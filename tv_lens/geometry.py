@@ -38,6 +38,7 @@ def similarity(a: TaskVectors, b: TaskVectors, layer: int) -> Float[Tensor, "a b
     """
     a.check_same_model(b)
     for each in (a, b):
+        each.check_constant()
         zero = (each.at(layer).norm(dim=-1) == 0).nonzero()
         if len(zero):
             raise TvLensError(
@@ -259,6 +260,7 @@ def _names_and_owners(vectors: Sequence[TaskVectors]) -> tuple[tuple[str, ...], 
         )
     for each in vectors:
         vectors[0].check_same_model(each)
+        each.check_constant()
     return names, tuple(i for i, each in enumerate(vectors) for _ in range(len(each)))
 
 

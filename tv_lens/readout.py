@@ -66,6 +66,7 @@ def top_tokens(model: Model, vectors: TaskVectors, layer: int, k: int = 10) -> T
     engine = engine_for(model)
     if vectors.site != RESID_POST:
         raise TvLensError(f"these are vectors of {vectors.site}; only the residual stream can be read as tokens")
+    vectors.check_constant()
     vectors.check_fits(engine.name, engine.n_layers, engine.d_model)
     check_layer(layer, engine.n_layers, engine.name)
     engine.require(Capability.READOUT)

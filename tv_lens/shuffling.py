@@ -69,6 +69,25 @@ def swap_demonstrations(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
     ]
 
 
+def pair_within_sides(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """The prompts with demonstrations that no longer lead from inputs to outputs: a random half of the different ones
+    get each other's inputs as outputs, the others each other's outputs as inputs. Every text is read as often on either
+    side, so their mean difference is zero, and what remains is how texts of one side differ.
+
+    Raises:
+        TvLensError: prompts with fewer than four demonstrations in all.
+    """
+    shown = list(dict.fromkeys(example for prompt in prompts for example in prompt.examples))
+    if len(shown) < 4:
+        raise TvLensError(f"the prompts show {len(shown)} different demonstrations; 4 or more are paired anew")
+    order = random.Random(f"pair within sides:{seed}").sample(shown, len(shown))
+    half = len(order) // 2
+    inputs, outputs = order[:half], order[half:]
+    paired = {each: Example(each.input, inputs[i - 1].input) for i, each in enumerate(inputs)}
+    paired |= {each: Example(each.output, outputs[i - 1].output) for i, each in enumerate(outputs)}
+    return [replace(prompt, examples=tuple(paired[each] for each in prompt.examples)) for prompt in prompts]
+
+
 def without_demonstrations(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
     """The queries alone, as another kind of corruption; the seed changes nothing."""
     return [prompt.zero_shot() for prompt in prompts]

@@ -38,7 +38,7 @@ class LinearMaps:
     lengths: Float[Tensor, " layer"]
 
     def at(self, index: int) -> LinearMap:
-        """The function of the layer at this place in the vectors' `layers`."""
+        """The function of the layer with this index in the vectors' `layers`."""
         return LinearMap(self.inward[index], self.outward[index])
 
 
@@ -126,8 +126,9 @@ class TaskVectors:
             )
 
     def _check_maps(self, maps: LinearMaps) -> None:
-        shape = (len(self.layers), maps.inward.shape[1], self.width)
-        if not maps.inward.shape == maps.outward.shape == shape or self.op != "add" or self.heads:
+        expected = (len(self.layers), *maps.inward.shape[1:2], self.width)
+        fits = maps.inward.shape == maps.outward.shape == expected and maps.lengths.shape == (len(self.layers),)
+        if not fits or maps.inward.ndim != 3 or self.op != "add" or self.heads:
             raise TvLensError(
                 f"linear maps of shapes {tuple(maps.inward.shape)} and {tuple(maps.outward.shape)} for "
                 f"{len(self.layers)} layers of width {self.width}, op {self.op!r}; they are added, one for each layer"
@@ -180,10 +181,10 @@ class TaskVectors:
         return self.layers[-1:] if self.usage.span == "together" else self.layers
 
     def written_with(self, layer: int) -> tuple[int, ...]:
-        """The layers that are written to if `layer` is named: itself, or all with vectors up to it (see `Usage`)."""
+        """The layers that are written to if `layer` is named: itself, or several (see `Usage`)."""
         if self.usage.span == "one":
             return (layer,)
-        return tuple(sorted(each for each in self.layers if each <= layer))
+        return tuple(sorted(each for each in self.layers if each <= layer or self.usage.span == "together"))
 
     @property
     def width(self) -> int:
@@ -223,6 +224,14 @@ class TaskVectors:
             raise TvLensError(f"{self!r} has no vector for layer {layer}, only for {_short_list(self.layers)}")
         return self.values[:, self.layers.index(layer)].clone()
 
+    def check_constant(self) -> None:
+        """Raise TvLensError if what is written depends on the prompt, so that there is no vector to look at."""
+        if self.maps is not None:
+            raise TvLensError(
+                f"{self!r} depends on the prompt that it is written into, and its values are only the intercept of a "
+                "linear function; look at other vectors"
+            )
+
     def mean(self) -> TaskVectors:
         """One vector per layer, the average over prompts. It is written into every row it is used on.
 
@@ -259,13 +268,16 @@ class TaskVectors:
             return NotImplemented
         if not math.isfinite(factor):
             raise TvLensError(f"{factor} times a vector is not a vector; multiply by a finite number")
-        maps = self.maps
+        maps, usage, scale = self.maps, self.usage, float(factor)
+        if self.op == "rotate":  # only the direction of these vectors counts
+            usage, scale = replace(usage, strength=usage.strength * abs(factor)), math.copysign(1.0, factor)
         if maps is not None:
             maps = replace(maps, outward=maps.outward * factor, lengths=maps.lengths * abs(factor))
         return replace(
             self,
-            values=self.values * factor,
+            values=self.values * scale,
             maps=maps,
+            usage=usage,
             task=f"{factor} * {self._term(self.task)}",
             method=f"{factor} * {self._term(self.method)}",
             terms=tuple(replace(term, factor=term.factor * factor) for term in self.terms),
@@ -281,8 +293,12 @@ class TaskVectors:
         self.check_same_model(other)
         if self.maps is not None or other.maps is not None:
             raise TvLensError("linear vectors depend on the prompt and cannot be summed; multiply them, or sum others")
-        if self.usage.per_position != other.usage.per_position:
-            raise TvLensError("vectors of positions and of prompts cannot be summed")
+        usages = [replace(each.usage, tried=()) for each in (self, other)]
+        if usages[0] != usages[1]:
+            raise TvLensError(
+                f"{self.task!r} and {other.task!r} are meant to be written in different ways, {usages[0]} and "
+                f"{usages[1]}; give one the usage of the other first: dataclasses.replace(b, usage=a.usage)"
+            )
         if len(self) != len(other) and 1 not in (len(self), len(other)):
             raise TvLensError(
                 f"{len(self)} and {len(other)} vectors cannot be paired; take as many prompts for both, or the "
@@ -302,7 +318,7 @@ class TaskVectors:
             prepend_bos=self.prepend_bos if self.prepend_bos == other.prepend_bos else None,
             versions=merged_versions(self.versions, other.versions),
             op=self.op if self.op == other.op else "add",
-            usage=self.usage if self.usage == other.usage else Usage(per_position=self.usage.per_position),
+            usage=self.usage if self.usage == other.usage else usages[0],
             options=self.options if self.options == other.options else {},
             bos=self.bos if self.bos == other.bos else None,
             terms=self.terms + tuple(replace(term, factor=sign * term.factor) for term in other.terms),
@@ -592,6 +608,19 @@ def layer_label(layer: int | tuple[int, ...], n_layers: int | None) -> str:
 def _short_list(numbers: Sequence[int]) -> str:
     shown = ", ".join(map(str, numbers[:12]))
     return f"[{shown}, ...]" if len(numbers) > 12 else f"[{shown}]"
+
+
+def check_layers(layers: object, n_layers: int, model: str) -> list[int]:
+    """The numbers of several layers, checked.
+
+    Raises:
+        TvLensError: no list, no layers, one of them twice, or one that `model` does not have.
+    """
+    if not isinstance(layers, Sequence) or not len(layers) or len(set(layers)) < len(layers):
+        raise TvLensError(f"layers are {layers!r}; give a list of different ones, at least one, or None for all")
+    for layer in layers:
+        check_layer(layer, n_layers, model)
+    return [index(layer) for layer in layers]  # NumPy integers are not JSON-serializable
 
 
 def check_layer(layer: object, n_layers: int, model: str) -> None:

@@ -80,6 +80,8 @@ def learn(
     for path, kind in ((to, ".safetensors"), (resume, ".safetensors"), (plot, ".html")):
         if path is not None:
             check_writable(path, (kind,))
+    if resume is not None and resume.resolve() == to.resolve():
+        raise UsageError(f"--to and --resume are both {to}; keep the training in another file than the vectors")
     if objective not in ("answer", "few-shot") or how not in ("add", "overwrite"):
         raise UsageError(f"--objective {objective}, --how {how}: use answer or few-shot, and add or overwrite")
     trained = _layers(layers)

@@ -42,6 +42,8 @@ def method_of(choice: MethodChoice | None, substitutes: int, across: bool) -> tv
         method: tv.Method = kind(**given, **{name: _value(name, each) for name, each in choice.options.items()})
     except tv.TvLensError as error:
         raise UsageError(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--method {choice.name}: {choice.options} are not options that it takes ({error})") from error
     return method
 
 
@@ -51,8 +53,8 @@ def _value(name: str, value: Any) -> Any:
 
     if isinstance(value, list):
         return tuple(tuple(each) if isinstance(each, list) else each for each in value)
-    if name == "how" and value == "overwrite":
-        return tv.overwrite
+    if name == "how" and value in ("overwrite", "add"):
+        return tv.overwrite if value == "overwrite" else tv.add()
     if name == "site":
         return SITES.get(value, value)
     return value

@@ -60,10 +60,13 @@ class _Step:
     ) -> Float[Tensor, "cell width"]:
         """What is written over `before`."""
         if self.op == "rotate":
-            opposed = -cosine_similarity(before, values, dim=-1)
-            turned = normalize(before, dim=-1) + (1 + opposed.clamp_min(0))[:, None] * values
-            rotated: Tensor = normalize(turned, dim=-1) * before.norm(dim=-1, keepdim=True)
-            return rotated
+            # In half precision the small turns of many layers would be lost in rounding.
+            dtype = torch.promote_types(before.dtype, torch.float32)
+            x, toward = before.to(dtype), self.values.to(before.device, dtype)
+            opposed = -cosine_similarity(x, toward, dim=-1)
+            turned = normalize(x, dim=-1) + (1 + opposed.clamp_min(0))[:, None] * toward
+            rotated: Tensor = normalize(turned, dim=-1) * x.norm(dim=-1, keepdim=True)
+            return rotated.to(before)
         after = before + (values if self.linear is None else self.added(before, self.linear))
         if not self.keep_norm:
             return after

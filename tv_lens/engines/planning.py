@@ -95,13 +95,15 @@ def plan_batches(
     where edits and reads are. `new_tokens` more tokens will be generated after each row. With `single` a group of one
     row has a prefix, too: for rows that are run many times.
     """
+    fewest = 1 if single else 2
     numbered, first = [], 0
     for group in groups:
         numbered.append(_Group(tuple(map(tuple, group)), first))
         first += len(group)
     shared, alone = [], []
     for each in numbered:
-        start = shared_length(each.ids, reach) if limits.shares_prefixes and len(each.ids) > (not single) else 0
+        shares = limits.shares_prefixes and len(each.ids) >= fewest
+        start = shared_length(each.ids, reach) if shares else 0
         if start and max(map(len, each.ids)) + new_tokens <= limits.padded_up_to:
             shared.append(replace(each, start=start))
         else:

@@ -151,8 +151,13 @@ class RemoteEngine(StatelessEngine):
         by_hook: dict[str, list[Edit]] = {}
         for edit in edits:
             self.require_site(edit.site)
-            if edit.keep_norm:
-                self.require(Capability.KEEP_NORM)
+            for used, needed in (
+                (edit.keep_norm, Capability.KEEP_NORM),
+                (edit.op == "rotate", Capability.ROTATE),
+                (edit.linear is not None, Capability.LINEAR),
+            ):
+                if used:
+                    self.require(needed)
             by_hook.setdefault(self._hooks[edit.site][edit.layer], []).append(edit)
         return {name: self._spec(name, some, length) for name, some in by_hook.items()}
 

@@ -28,7 +28,8 @@ from tv_lens.vectors import TaskVectors
 class Treatment:
     """What a control is compared with: `vectors`, made by `method` from `prompts` of `task`.
 
-    `n` is the number of prompts that will be patched. `other` gives another task's vector, None if there is no other.
+    `n` is the number of prompts that will be patched, `layers` are those that will be written to (empty if that is not
+    known). `other` gives another task's vector, None if there is no other.
     """
 
     engine: Engine
@@ -39,6 +40,7 @@ class Treatment:
     seed: int
     n: int
     other: Callable[[], TaskVectors] | None = None
+    layers: tuple[int, ...] = ()
 
 
 class Control(ABC):
@@ -90,7 +92,7 @@ class ShuffledDemonstrations(Control):
         mixed = treatment.method.shuffled(treatment.prompts, treatment.seed)
         if mixed is None:
             return None
-        method = treatment.method.for_control(treatment.vectors)
+        method = treatment.method.for_control(treatment.layers)
         vectors = method(treatment.engine, treatment.task, mixed, treatment.seed)
         return vectors.mean() if len(treatment.vectors) == 1 else vectors
 

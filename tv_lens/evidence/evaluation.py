@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from tv_lens.edits import Edits, Layers, Positions, Write
+from tv_lens.edits import RESID_POST, Edits, Layers, Positions, Usage, Write
 from tv_lens.engines import Engine, Model, engine_for
 from tv_lens.errors import TvLensError
 from tv_lens.evidence.controls import RandomDirection, ShuffledDemonstrations, Treatment, control_vectors
@@ -16,7 +16,7 @@ from tv_lens.methods.extraction import Extraction
 from tv_lens.patching import Placement, check_type, check_vectors, edits_for
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.tasks import Task
-from tv_lens.vectors import TaskVectors, check_layer
+from tv_lens.vectors import TaskVectors, check_layer, check_layers
 
 
 def score(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> Score:
@@ -81,12 +81,7 @@ def swept_layers(engine: Engine, layers: Sequence[int] | None, with_vectors: Seq
     Raises:
         TvLensError: no layers, one of them twice, or one that the model does not have.
     """
-    chosen = with_vectors if layers is None else layers
-    if not isinstance(chosen, Sequence) or not len(chosen) or len(set(chosen)) < len(chosen):
-        raise TvLensError(f"layers are {chosen!r}; give a list of different ones, at least one, or None for all")
-    for layer in chosen:
-        check_layer(layer, engine.n_layers, engine.name)
-    return [int(layer) for layer in chosen]  # NumPy integers are not JSON-serializable
+    return check_layers(with_vectors if layers is None else layers, engine.n_layers, engine.name)
 
 
 def evaluate(  # noqa: PLR0913 - its options are keywords
@@ -119,10 +114,15 @@ def evaluate(  # noqa: PLR0913 - its options are keywords
     taken = {"zero-shot", "few-shot", "patched"} & set(controls or ())
     if taken:
         raise TvLensError(f"controls are named {sorted(taken)}, which are conditions already; name them otherwise")
-    method = method_of(vectors) or Extraction(substitutes=1)
-    treatment = Treatment(engine, task, prompts, vectors, method, seed, len(prompts))
+    known = method_of(vectors)
+    method = known or Extraction(substitutes=1)
+    written = _written_layers(vectors, layer)
+    layers = (written,) if isinstance(written, int) else written
+    treatment = Treatment(engine, task, prompts, vectors, method, seed, len(prompts), layers=layers)
     given = controls or {}
-    shuffled = [] if method.uses_answers else [ShuffledDemonstrations()]
+    # Of vectors that were made in another way there is a control only if extracted ones are written as they are.
+    like_extracted = (vectors.site, vectors.op, vectors.usage) == (RESID_POST, "set", Usage())
+    shuffled = [] if method.uses_answers or not (known or like_extracted) else [ShuffledDemonstrations()]
     before = {} if "random" in given else control_vectors([RandomDirection()], treatment)
     after = {} if "shuffled" in given else control_vectors(shuffled, treatment)
     compared = {**before, **given, **after}

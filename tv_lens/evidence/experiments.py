@@ -201,8 +201,12 @@ class _Run:
         """The sweep on dev prompts, and the evaluation at the best layer on test prompts."""
         plan, settings = self.plans[i], self.settings
         vector = self.vector(i, method)
-        with_vector = [layer for layer in settings.layers if layer in vector.layers]
-        layers = [layer for layer in with_vector if layer in vector.tried_layers] or with_vector
+        layers = [layer for layer in settings.layers if layer in vector.tried_layers]
+        if not layers:
+            raise TvLensError(
+                f"{method.name} gave vectors of {plan.task.name!r} to try at the layers {list(vector.tried_layers)}, "
+                f"and none of these is among layers={list(settings.layers)}; give both the same layers"
+            )
         n_tokens = settings.max_new_tokens
         sweep = sweep_layers(self.engine, plan.dev, plan.dev_prompts, vector, layers, max_new_tokens=n_tokens)
         other = self.other(i)
@@ -214,6 +218,7 @@ class _Run:
             method=method,
             seed=settings.seed,
             n=len(plan.test_prompts),
+            layers=vector.written_with(sweep.best),
             other=None if other is None else self._vector_of(other, method),
         )
         controls = control_vectors(self.controls, treatment)

@@ -50,8 +50,8 @@ class Method(ABC):
             return None
         return shuffle_outputs(prompts, seed)
 
-    def for_control(self, vectors: TaskVectors) -> Method:
-        """The method that makes the control of `vectors`: itself, unless it would make more than is needed."""
+    def for_control(self, layers: tuple[int, ...]) -> Method:
+        """The method for a control that is written to these layers: itself, unless it can save work by knowing them."""
         return self
 
     @property

@@ -24,7 +24,7 @@ from tv_lens.methods.base import Method
 from tv_lens.methods.extraction import read_site, vectors_of
 from tv_lens.prompts import Example, Prompt, as_prompts, check_prompts
 from tv_lens.provenance import Option
-from tv_lens.shuffling import swap_demonstrations
+from tv_lens.shuffling import pair_within_sides, swap_demonstrations
 from tv_lens.tasks import Task
 from tv_lens.tasks.contrast import ContrastivePairs
 from tv_lens.vectors import TaskVectors
@@ -71,10 +71,11 @@ def mean_difference(
     states = _states(engine, [*first, *second])
     positives, negatives = states[: len(first)], states[len(first) :]
     if direction == "mean":
-        values = positives.mean(dim=0) - negatives.mean(dim=0)
+        values = differences = positives.mean(dim=0) - negatives.mean(dim=0)
     else:
         differences = positives - negatives
         values = _principal(differences, differences.mean(dim=0))
+    _check_distinguished(differences, states)
     options: dict[str, Option] = {
         "strength": float(strength),
         "direction": direction,
@@ -117,7 +118,9 @@ def in_context_vector(
     inputs, outputs = _sides(pairs)
     _check_pairs(inputs, outputs)
     states = _states(engine, [*inputs, *outputs])
-    values = _in_context(states[len(inputs) :] - states[: len(inputs)])
+    differences = states[len(inputs) :] - states[: len(inputs)]
+    _check_distinguished(differences, states)
+    values = _in_context(differences)
     options: dict[str, Option] = {"strength": float(strength), "demonstrations": len(pairs)}
     made = vectors_of(engine, values[None].float(), [*inputs, *outputs], (), RESID_POST, InContextVector.name, options)
     usage = Usage(positions="all", strength=float(strength), every_step=True, span="together")
@@ -151,9 +154,10 @@ class MeanDifference(Method):
 
     def shuffled(self, prompts: Sequence[Prompt], seed: int) -> list[Prompt] | None:
         """The prompts with input and output swapped in half of the demonstrations: a mean difference does not depend on
-        which output belongs to which input. None if there are fewer than two demonstrations.
+        which output belongs to which input. A principal component does not depend on the order of a pair either, so for
+        "pca" inputs are paired with inputs and outputs with outputs. None if there are too few demonstrations.
         """
-        return _swapped(prompts, seed)
+        return _paired_within(prompts, seed) if self.direction == "pca" else _swapped(prompts, seed)
 
 
 @dataclass(frozen=True)
@@ -179,14 +183,18 @@ class InContextVector(Method):
         return replace(made, task=task.name, terms=())
 
     def shuffled(self, prompts: Sequence[Prompt], seed: int) -> list[Prompt] | None:
-        """As for `MeanDifference`."""
-        return _swapped(prompts, seed)
+        """The prompts with inputs paired with inputs, and outputs with outputs; None if there are too few of them."""
+        return _paired_within(prompts, seed)
 
 
 def _swapped(prompts: Sequence[Prompt], seed: int) -> list[Prompt] | None:
     """The prompts of the control, None if they show fewer than two demonstrations and their inverses."""
     different = {frozenset(each) for each in _demonstrations(prompts)}
     return swap_demonstrations(prompts, seed) if len(different) > 1 else None
+
+
+def _paired_within(prompts: Sequence[Prompt], seed: int) -> list[Prompt] | None:
+    return pair_within_sides(prompts, seed) if len(_demonstrations(prompts)) > 3 else None
 
 
 def _check_options(direction: str, strength: float) -> None:
@@ -230,6 +238,14 @@ def _check_pairs(first: Sequence[Prompt], second: Sequence[Prompt]) -> None:
     """Raise TvLensError if there is no difference to take a direction from."""
     if all(one.text == other.text for one, other in zip(first, second, strict=True)):
         raise TvLensError("both texts of every pair are equal, so there is no direction between them; give other texts")
+
+
+def _check_distinguished(
+    differences: Float[Tensor, "*pair layer d_model"], states: Float[Tensor, "text layer d_model"]
+) -> None:
+    """Raise TvLensError if the states do not differ at all, so that the direction would be rounding."""
+    if float(differences.norm()) <= _ROUNDING * float(states.norm()):
+        raise TvLensError("the model does not distinguish the two sides, so there is no direction; give other texts")
 
 
 def _in_context(differences: Float[Tensor, "pair layer d_model"]) -> Float[Tensor, "layer d_model"]:

@@ -123,10 +123,10 @@ def read_site(
     engine.require_site(site)
     prompts = [prompt for group in groups for prompt in group]
     ids = engine.text.encode([prompt.text for prompt in prompts], per_prompt=len(groups[0]))
-    places: list[list[int]] | None = None
+    offsets: list[list[int]] | None = None
     if positions != "last":
         engine.require(Capability.POSITIONS)
-        places = [
+        offsets = [
             engine.text.positions(prompt, own, positions, i // len(groups[0]))
             for i, (prompt, own) in enumerate(zip(prompts, ids, strict=True))
         ]
@@ -134,7 +134,7 @@ def read_site(
     read = torch.empty(shape, dtype=torch.float32, device="cpu")
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
-        weights = None if places is None else _weights([places[row] for row in rows])
+        weights = None if offsets is None else _weights([offsets[row] for row in rows])
         output = engine.forward(tokens, read=[site], weights=weights, past=past, logits=False, keep_past=False)
         read[rows] = output.reads[site]
 
@@ -142,15 +142,15 @@ def read_site(
     for group in groups:
         numbered.append(ids[first : first + len(group)])
         first += len(group)
-    map_rows(engine, numbered, work, reach=1 if places is None else max(-min(own) for own in places))
+    map_rows(engine, numbered, work, reach=1 if offsets is None else max(-min(own) for own in offsets))
     return read
 
 
-def _weights(places: Sequence[Sequence[int]]) -> Float[Tensor, "row window"]:
+def _weights(offsets: Sequence[Sequence[int]]) -> Float[Tensor, "row window"]:
     """For each row the same weight at each of its positions, 0 elsewhere."""
-    window = max(-min(own) for own in places)
-    weights = torch.zeros(len(places), window, dtype=torch.float32, device="cpu")
-    for row, own in enumerate(places):
+    window = max(-min(own) for own in offsets)
+    weights = torch.zeros(len(offsets), window, dtype=torch.float32, device="cpu")
+    for row, own in enumerate(offsets):
         weights[row, list(own)] = 1 / len(own)
     return weights
 

@@ -7,13 +7,10 @@ few-shot    minimize  KL(p_few-shot || p_patched) of the next token, which needs
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -22,18 +19,19 @@ from transformer_lens.utilities.statistics import derive_generator
 
 from tv_lens.display import figure, html_table
 from tv_lens.edits import RESID_POST, Positions, Usage, Write, add
-from tv_lens.engines import Capability, Engine, Model, Prefixes, engine_for, progress_bar
+from tv_lens.engines import Capability, Engine, Model, engine_for
 from tv_lens.errors import TvLensError
-from tv_lens.methods.base import Method, as_option
+from tv_lens.methods.base import Method
 from tv_lens.methods.extraction import Extraction, read_site, vectors_of
-from tv_lens.methods.progress import Epoch, Progress
-from tv_lens.methods.training import Examples, Objective, Trainer
-from tv_lens.patching import check_type
+from tv_lens.methods.losses import Objective
+from tv_lens.methods.progress import Epoch
+from tv_lens.methods.training import Data, Options, Training, accuracies, best_points, by_validation
+from tv_lens.patching import check_type, check_vectors
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.provenance import Option
-from tv_lens.shuffling import shuffle_answers, without_demonstrations
+from tv_lens.shuffling import shuffle_answers, shuffle_outputs, without_demonstrations
 from tv_lens.tasks import Task
-from tv_lens.vectors import TaskVectors, check_layer
+from tv_lens.vectors import TaskVectors, check_layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,14 +58,18 @@ class Learned:
     curve: tuple[Epoch, ...]
 
     def __repr__(self) -> str:
-        layer, accuracy = self.best_layers[0], self.vectors.options.get("validation_accuracy")
-        known = f", validation accuracy {max(accuracy):.2f}" if isinstance(accuracy, list) and accuracy else ""
-        return f"Learned({self.vectors!r}, best layer {layer}{known})"
+        known = ", without validation"
+        if self.best_layers:
+            [best] = best_points(self.curve, self.best_layers[:1])
+            known = f", best layer {best.layer}, validation accuracy {best.validation_accuracy:.2f}"
+        return f"Learned({self.vectors!r}{known})"
 
     @property
     def best_layers(self) -> tuple[int, ...]:
-        """The layers, that with the highest validation accuracy first; equal ones by their validation loss."""
-        return _by_validation(self.curve, self.vectors.layers)
+        """The layers, that with the highest validation accuracy first; equal ones by their validation loss. Empty
+        without validation prompts, which alone can compare layers.
+        """
+        return by_validation(self.curve, self.vectors.layers)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row for each epoch and layer: epoch, layer, loss and validation_loss in nats, validation_accuracy."""
@@ -77,9 +79,11 @@ class Learned:
         return pd.DataFrame(self.curve, columns=list(Epoch._fields)).astype(kinds)
 
     def best(self) -> pd.DataFrame:
-        """The best epoch of each layer, one row for each, with the columns of `to_pandas`; the best layer first."""
-        table, order = self.to_pandas(), self.best_layers
-        points = {point.layer: point for point in _best_points(self.curve, order)}
+        """The best epoch of each layer, one row for each, with the columns of `to_pandas`; the best layer first. The
+        last epoch without validation prompts.
+        """
+        table, order = self.to_pandas(), self.best_layers or self.vectors.layers
+        points = {point.layer: point for point in best_points(self.curve, order)}
         rows = [int(table.index[(table["layer"] == n) & (table["epoch"] == points[n].epoch)][0]) for n in order]
         return table.loc[rows].reset_index(drop=True)
 
@@ -124,9 +128,9 @@ def learn(  # noqa: PLR0913 - its options are keywords
             of magnitude, so None takes 0.05 of the root mean square of the layer's activations at the queries' last
             tokens.
         batch_size: prompts for each step of the optimizer. Batches keep their prompts and change their order.
-        validation: prompts for early stopping, or the share of the prompts that is held out for it; 0 for none. A
-            layer's accuracy is the share whose answer (or most likely next token after the few-shot prompt) is what
-            greedy decoding gives.
+        validation: prompts for early stopping, or the share of the prompts that is held out for it (at least one
+            prompt); 0 for none. A layer's accuracy is the share whose answer (or most likely next token after the
+            few-shot prompt) is what greedy decoding gives.
         patience: a layer stops after so many epochs without a better accuracy, or a lower loss at the same accuracy.
         file: keeps the training after every epoch. The same call resumes from it, also with more epochs.
 
@@ -138,264 +142,85 @@ def learn(  # noqa: PLR0913 - its options are keywords
     """
     engine = engine_for(model)
     check_prompts(prompts)
-    options = _Options(
-        _layers(engine, layers), how, positions, objective, epochs, lr, weight_decay, batch_size, patience, int(seed)
-    )
     for needed in (Capability.PATCH, Capability.GRADIENTS, Capability.LOGITS):
         engine.require(needed)
-    trained, held_out = _split(prompts, validation, options.seed)
-    if objective == "few-shot" and not all(prompt.examples for prompt in [*trained, *held_out]):
-        raise TvLensError("the few-shot distribution needs demonstrations; sample the prompts with shots=1 or more")
-    begun = _start(engine, start, options)
+    options = Options(objective, how, positions, epochs, lr, weight_decay, batch_size, patience)
+    chosen = _layers(engine, layers)
+    data = Data.of(engine, prompts, validation, options, int(seed))
+    begun = _start(engine, start, chosen, how, int(seed))
+    settings = {
+        "model": engine.name,
+        "bos": [engine.info.prepend_bos, engine.info.bos],
+        "dtype": engine.info.dtype,
+        **options.as_json(),
+        "layers": list(chosen),
+        "seed": int(seed),
+        "start": start if isinstance(start, str) else begun.tolist(),
+        "prompts": data.as_json(),
+    }
     with engine.session():
-        examples = Examples.of(engine, trained, objective, positions)
-        validated = Examples.of(engine, held_out, objective, positions) if held_out else None
-        training = _Training(engine, examples, validated, options, _rates(engine, trained, options))
-        settings = {
-            "model": engine.name,
-            "weights": None if file is None else engine.fingerprint(),
-            **options.as_json(),
-            "start": start if isinstance(start, str) else begun.tolist(),
-            "prompts": [[prompt.text, prompt.answer] for prompt in trained],
-            "validation": [[prompt.text, prompt.answer] for prompt in held_out],
-        }
+        if file is not None:
+            settings["weights"] = engine.fingerprint()
+        rates = _rates(engine, data.trained, chosen, lr)
+        training = Training(engine, data.taught(engine), chosen, options, rates, int(seed))
         progress = training.run(begun, None if file is None else Path(file), settings)
     notes: dict[str, Option] = {
         **options.as_json(),
-        "start": start if isinstance(start, str) else str(start.provenance),
         "epochs": epochs,
-        "rates": list(training.rates),
-        "n_validation": len(held_out),
+        "start": start if isinstance(start, str) else str(start.provenance),
+        "rates": list(rates),
+        "n_validation": len(data.held_out),
         "best_epochs": [int(each) for each in progress.best_epochs],
-        "validation_accuracy": _accuracies(progress),
+        "validation_accuracy": accuracies(progress),
     }
-    best = vectors_of(engine, progress.best[None], trained, (), RESID_POST, "learn", notes, layers=options.layers)
+    best = vectors_of(engine, progress.best[None], data.trained, (), RESID_POST, "learn", notes, layers=chosen)
     usage = Usage(positions, how.strength, how.every_step, how.keep_norm)
     return Learned(replace(best, op=how.op, usage=usage), tuple(progress.curve))
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The options of a training, checked."""
-
-    layers: tuple[int, ...]
-    how: Write
-    positions: Positions
-    objective: Objective
-    epochs: int
-    lr: float | None
-    weight_decay: float
-    batch_size: int
-    patience: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.objective not in get_args(Objective):
-            raise TvLensError(f"objective is {self.objective!r}; use {' or '.join(map(repr, get_args(Objective)))}")
-        if not isinstance(self.how, Write) or self.how.op == "rotate":
-            raise TvLensError(f"how is {self.how}; a vector is learned with add(strength) or overwrite")
-        if self.epochs < 0 or self.batch_size < 1 or self.patience < 1:
-            raise TvLensError(
-                f"epochs={self.epochs}, batch_size={self.batch_size}, patience={self.patience}: epochs are 0 or more, "
-                "the others 1 or more"
-            )
-        if not (self.lr is None or 0 < self.lr < math.inf) or not 0 <= self.weight_decay < math.inf:
-            raise TvLensError(f"lr={self.lr}, weight_decay={self.weight_decay}: use a number above 0, and 0 or more")
-
-    def as_json(self) -> dict[str, Any]:
-        """The options as JSON values, without the number of epochs, which may be raised later."""
-        named = {**vars(self), "how": as_option(self.how), "layers": list(self.layers)}
-        if not isinstance(self.positions, str):
-            named["positions"] = list(self.positions)
-        del named["epochs"]
-        return named
 
 
 def _layers(engine: Engine, layers: int | Sequence[int] | None) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(engine.n_layers))
-    given = [layers] if isinstance(layers, int) else list(layers)
-    if not given or len(set(given)) < len(given):
-        raise TvLensError(f"layers are {layers!r}; give one, a list of different ones, or None for all")
-    for layer in given:
-        check_layer(layer, engine.n_layers, engine.name)
-    return tuple(sorted(index(layer) for layer in given))
+    return tuple(sorted(check_layers([layers] if isinstance(layers, int) else layers, engine.n_layers, engine.name)))
 
 
-def _split(
-    prompts: Sequence[Prompt], validation: float | Sequence[Prompt], seed: int
-) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on and those held out."""
-    if not isinstance(validation, (int, float)):
-        held_out = list(validation)
-        if held_out:
-            check_prompts(held_out)
-        return list(prompts), held_out
-    if not 0 <= validation < 1:
-        raise TvLensError(f"validation is {validation}; give prompts, or the share to hold out, from 0 to below 1")
-    order = random.Random(f"validation:{seed}").sample(range(len(prompts)), len(prompts))
-    held = set(order[: round(validation * len(prompts))])
-    return (
-        [prompt for i, prompt in enumerate(prompts) if i not in held],
-        [prompt for i, prompt in enumerate(prompts) if i in held],
-    )
-
-
-def _start(engine: Engine, start: Start, options: _Options) -> Float[Tensor, "layer d_model"]:
-    shape = (len(options.layers), engine.d_model)
+def _start(
+    engine: Engine, start: Start, layers: Sequence[int], how: Write, seed: int
+) -> Float[Tensor, "layer d_model"]:
     if isinstance(start, str):
         if start not in ("zero", "uniform"):
             raise TvLensError(f"start is {start!r}; use 'zero', 'uniform', or task vectors")
         if start == "zero":
-            return torch.zeros(shape, dtype=torch.float32, device="cpu")
+            return torch.zeros(len(layers), engine.d_model, dtype=torch.float32, device="cpu")
         # A separate draw for each layer, so that it does not depend on the others.
         drawn = [
-            torch.rand(engine.d_model, generator=derive_generator(options.seed, f"start:{layer}"), device="cpu")
-            for layer in options.layers
+            torch.rand(engine.d_model, generator=derive_generator(seed, f"start:{layer}"), device="cpu")
+            for layer in layers
         ]
         return (2 * torch.stack(drawn) - 1) * _UNIFORM
     check_type(start)
-    start.check_fits(engine.name, engine.n_layers, engine.d_model)
-    if start.site != RESID_POST or start.maps is not None or start.usage.per_position:
+    start.check_constant()
+    if start.site != RESID_POST or start.usage.per_position:
         raise TvLensError(f"{start!r} are not vectors of the residual stream, one for all positions; start from others")
-    return torch.stack([start.at(layer).mean(dim=0) for layer in options.layers])
+    check_vectors(engine, start.mean(), 1)
+    scale = start.usage.strength / how.strength if start.op == how.op == "add" and how.strength else 1.0
+    return torch.stack([start.at(layer).mean(dim=0) for layer in layers]) * scale
 
 
-def _rates(engine: Engine, prompts: Sequence[Prompt], options: _Options) -> tuple[float, ...]:
+def _rates(engine: Engine, prompts: Sequence[Prompt], layers: Sequence[int], lr: float | None) -> tuple[float, ...]:
     """The learning rate of each layer."""
-    if options.lr is not None:
-        return (options.lr,) * len(options.layers)
+    if lr is not None:
+        return (lr,) * len(layers)
     read = read_site(engine, [[prompt.zero_shot()] for prompt in prompts], RESID_POST, "last")
     sizes = read.pow(2).mean(dim=(0, 2)).sqrt()
-    return tuple(_RELATIVE_LR * float(sizes[layer]) for layer in options.layers)
-
-
-@dataclass(frozen=True, eq=False)
-class _Training:
-    """A training: its prompts, its options, and the loop over epochs."""
-
-    engine: Engine
-    examples: Examples
-    validated: Examples | None
-    options: _Options
-    rates: tuple[float, ...]
-
-    def run(self, begun: Float[Tensor, "layer d_model"], file: Path | None, settings: dict[str, Any]) -> Progress:
-        """The progress after all epochs, or when every layer has stopped."""
-        options, kept = self.options, Prefixes()
-        trainer = Trainer(self.engine, options.layers, options.how, kept)
-        if file is not None and file.exists():
-            progress = Progress.load(file, settings)
-        else:
-            progress = Progress.start(begun)
-            self._validate(trainer, progress, list(range(len(options.layers))), None)
-            self._save(progress, file, settings)
-        batches = self._batches()
-        with progress_bar(self.engine, options.epochs * len(batches), "step") as shown:
-            shown.update(progress.epochs * len(batches))
-            while progress.epochs < options.epochs and (active := self._active(progress)):
-                progress.epochs += 1
-                losses = self._train(trainer, progress, active, batches, shown)
-                self._validate(trainer, progress, active, losses)
-                self._save(progress, file, settings)
-        return progress
-
-    def _batches(self) -> list[list[int]]:
-        """The prompts of each step, the same in every epoch, so that what was run before their vectors is kept."""
-        order = random.Random(f"batches:{self.options.seed}").sample(range(len(self.examples)), len(self.examples))
-        size = self.options.batch_size
-        return [order[i : i + size] for i in range(0, len(order), size)]
-
-    def _active(self, progress: Progress) -> list[int]:
-        """The vectors that are still trained."""
-        if self.validated is None:
-            return list(range(len(self.options.layers)))
-        stale = [progress.epochs - best for best in progress.best_epochs]
-        return [slot for slot, epochs in enumerate(stale) if epochs < self.options.patience]
-
-    def _train(
-        self, trainer: Trainer, progress: Progress, active: list[int], batches: Sequence[list[int]], shown: Any
-    ) -> Float[Tensor, " vector"]:
-        """One epoch; the mean loss of each active vector while it was trained."""
-        options, rows = self.options, list(progress.vectors)  # views, which the optimizer changes in place
-        optimizer = torch.optim.AdamW(
-            [{"params": [rows[slot]], "lr": self.rates[slot]} for slot in active], weight_decay=options.weight_decay
-        )
-        for slot in active:
-            optimizer.state[rows[slot]] = {
-                "step": torch.tensor(float(progress.steps)),
-                "exp_avg": progress.first_moments[slot],
-                "exp_avg_sq": progress.second_moments[slot],
-            }
-        total = torch.zeros(len(active), dtype=torch.float32, device="cpu")
-        draw = random.Random(f"epoch:{options.seed}:{progress.epochs}")
-        for batch in draw.sample(batches, len(batches)):
-            result = trainer.run(self.examples, batch, progress.vectors, active, grad=True)
-            assert result.gradient is not None
-            for slot in active:
-                rows[slot].grad = result.gradient[slot] / len(batch)
-            optimizer.step()
-            progress.steps += 1
-            total += result.losses.sum(dim=0)
-            shown.update()
-        return total / len(self.examples)
-
-    def _validate(
-        self, trainer: Trainer, progress: Progress, active: list[int], losses: Float[Tensor, " vector"] | None
-    ) -> None:
-        """Measure the active vectors on the held-out prompts, and keep those that are better than before."""
-        epoch, layers = progress.epochs, self.options.layers
-        validated = None
-        if self.validated is not None:
-            everything = list(range(len(self.validated)))
-            validated = trainer.run(self.validated, everything, progress.vectors, active, grad=False)
-        for column, slot in enumerate(active):
-            point = Epoch(
-                epoch,
-                layers[slot],
-                None if losses is None else float(losses[column]),
-                None if validated is None else float(validated.losses[:, column].mean()),
-                None if validated is None else float(validated.right[:, column].float().mean()),
-            )
-            earlier = [each for each in progress.curve if each.layer == layers[slot]]
-            if all(_rank(point) > _rank(each) for each in earlier):
-                progress.best[slot] = progress.vectors[slot]
-                progress.best_epochs[slot] = epoch
-            progress.curve.append(point)
-
-    def _save(self, progress: Progress, file: Path | None, settings: dict[str, Any]) -> None:
-        if file is not None:
-            progress.save(file, settings)
-
-
-def _rank(point: Epoch) -> tuple[float, float]:
-    """What is compared between epochs and layers, the higher the better; without validation later epochs win."""
-    if point.validation_accuracy is None or point.validation_loss is None:
-        return float(point.epoch), 0.0
-    return point.validation_accuracy, -point.validation_loss
-
-
-def _best_points(curve: Sequence[Epoch], layers: Sequence[int]) -> list[Epoch]:
-    """The best epoch of each layer."""
-    return [max((each for each in curve if each.layer == layer), key=_rank) for layer in layers]
-
-
-def _by_validation(curve: Sequence[Epoch], layers: Sequence[int]) -> tuple[int, ...]:
-    points = _best_points(curve, layers)
-    return tuple(point.layer for point in sorted(points, key=_rank, reverse=True))
-
-
-def _accuracies(progress: Progress) -> list[float]:
-    """The validation accuracy of each layer's best vector; empty without validation prompts."""
-    layers = sorted({point.layer for point in progress.curve})
-    accuracies = [point.validation_accuracy for point in _best_points(progress.curve, layers)]
-    return [accuracy for accuracy in accuracies if accuracy is not None]
+    return tuple(_RELATIVE_LR * float(sizes[layer]) for layer in layers)
 
 
 @dataclass(frozen=True)
 class LearnedVector(Method):
     """`learn` as a method. An experiment tries the `keep` layers with the highest validation accuracy, because the
-    prompts it was trained on would choose the layer that memorizes best; None tries all.
+    prompts it was trained on would choose the layer that memorizes best; None tries all, and so does a training without
+    validation.
 
     `start` may also be "extract", the vector that `Extraction` reads, or "shift", the mean difference between the
     residual streams after few-shot and zero-shot prompts, which Yang et al. add as the extracted vector.
@@ -403,7 +228,7 @@ class LearnedVector(Method):
 
     name: ClassVar[str] = "learn"
     objective: Objective = "answer"
-    layers: tuple[int, ...] | None = None
+    layers: int | tuple[int, ...] | None = None
     how: Write = ADD
     positions: Positions = "last"
     start: Literal["zero", "uniform", "extract", "shift"] = "zero"
@@ -417,7 +242,18 @@ class LearnedVector(Method):
 
     def __post_init__(self) -> None:
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+            given = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+            object.__setattr__(self, "layers", given)
+        Options(
+            self.objective,
+            self.how,
+            self.positions,
+            self.epochs,
+            self.lr,
+            self.weight_decay,
+            self.batch_size,
+            self.patience,
+        )
         if self.keep is not None and self.keep < 1:
             raise TvLensError(f"keep is {self.keep}; use 1 or more, or None to try all layers")
         if self.start not in ("zero", "uniform", "extract", "shift"):
@@ -429,26 +265,33 @@ class LearnedVector(Method):
         return self.objective == "answer"
 
     def shuffled(self, prompts: Sequence[Prompt], seed: int) -> list[Prompt] | None:
-        """The prompts with their answers permuted among them; or, for the few-shot objective, with the outputs of their
-        demonstrations permuted.
+        """The prompts with their answers permuted among them; for the few-shot objective, or a start that is read from
+        demonstrations, with the outputs of their demonstrations permuted as well or instead.
         """
         if self.objective == "few-shot":
             return super().shuffled(prompts, seed)
-        return shuffle_answers(prompts, seed) if len(prompts) > 1 else None
+        if len(prompts) < 2:
+            return None
+        mixed = shuffle_answers(prompts, seed)
+        if self.start in ("zero", "uniform"):
+            return mixed
+        # Otherwise the control would begin at the task's own vector.
+        return shuffle_outputs(mixed, seed) if min(prompt.shots for prompt in prompts) > 1 else None
 
-    def for_control(self, vectors: TaskVectors) -> Method:
-        """The same training of only the layers that are tried."""
-        return replace(self, layers=vectors.tried_layers, keep=None)
+    def for_control(self, layers: tuple[int, ...]) -> Method:
+        """The same training of only the layers that are written to."""
+        return replace(self, layers=layers, keep=None) if layers else self
 
     def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
         """One vector for all prompts."""
-        options: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "keep"}
-        learned = learn(engine, prompts, **{**options, "start": self._start(engine, task, prompts, seed)}, seed=seed)
+        given: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "keep"}
+        learned = learn(engine, prompts, **{**given, "start": self._start(engine, task, prompts, seed)}, seed=seed)
         vectors = learned.vectors
-        if self.keep is not None and self.keep < len(vectors.layers):
+        if self.keep is not None:
             tried = tuple(sorted(learned.best_layers[: self.keep]))
             vectors = replace(vectors, usage=replace(vectors.usage, tried=tried))
-        return replace(vectors, task=task.name, options={**vectors.options, **self.options})
+        options = {**vectors.options, **self.options}
+        return replace(vectors, task=task.name, method=self.name, options=options, terms=())
 
     def _start(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> Start:
         if self.start == "extract":

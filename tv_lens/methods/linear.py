@@ -24,7 +24,7 @@ from tv_lens.methods.base import Method
 from tv_lens.methods.extraction import read_site, vectors_of
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.tasks import Task
-from tv_lens.vectors import LinearMaps, TaskVectors, check_layer
+from tv_lens.vectors import LinearMaps, TaskVectors, check_layers
 
 
 def linear_vector(
@@ -58,7 +58,8 @@ def linear_vector(
                 f"prompt {i} has no demonstrations, so there is no effect of them to predict; sample the prompts with "
                 "shots=1 or more"
             )
-    chosen = _chosen_layers(engine, layers)
+    every = range(engine.n_layers)
+    chosen = sorted(check_layers(every if layers is None else layers, engine.n_layers, engine.name))
     few = read_site(engine, [[prompt] for prompt in prompts], RESID_POST, "last")[:, chosen]
     zero = read_site(engine, [[prompt.zero_shot()] for prompt in prompts], RESID_POST, "last")[:, chosen]
     intercept, maps = _ridge(zero, few.double() - zero.double(), penalty)
@@ -110,16 +111,6 @@ def _identity(n: int) -> Float[Tensor, "n n"]:
 def _check_penalty(penalty: float) -> None:
     if not (math.isfinite(penalty) and penalty > 0):
         raise TvLensError(f"penalty is {penalty}; use a number above 0, the paper uses about 5")
-
-
-def _chosen_layers(engine: Engine, layers: Sequence[int] | None) -> list[int]:
-    if layers is None:
-        return list(range(engine.n_layers))
-    for layer in layers:
-        check_layer(layer, engine.n_layers, engine.name)
-    if not len(layers) or len(set(layers)) < len(layers):
-        raise TvLensError(f"layers are {layers!r}; give a list of different ones, at least one, or None for all")
-    return sorted(int(layer) for layer in layers)
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def read_separators(
     engine.require_site(site)
     engine.require(Capability.POSITIONS)
     ids = engine.text.encode([prompt.text for prompt in prompts])
-    places: list[list[int]] = []
+    offsets: list[list[int]] = []
     for i, (prompt, own) in enumerate(zip(prompts, ids, strict=True)):
         positions = engine.text.positions(prompt, own, "separators", i)
         if len(positions) < last:
@@ -106,24 +106,24 @@ def read_separators(
                 f"prompt {i} has {len(positions)} separators and {last} are read; use prompts with {last - 1} "
                 "demonstrations or more"
             )
-        places.append(positions[-last:])
+        offsets.append(positions[-last:])
     shape = (len(prompts), last, len(engine.layers_of(site)), engine.info.width(site))
     read = torch.empty(shape, dtype=torch.float32, device="cpu")
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
-        weights = _one_each([places[row] for row in rows])
+        weights = _one_each([offsets[row] for row in rows])
         output = engine.forward(tokens, read=[site], weights=weights, past=past, logits=False, keep_past=False)
         read[rows] = output.reads[site].transpose(1, 2)
 
-    map_rows(engine, [[own] for own in ids], work, reach=max(-min(own) for own in places))
+    map_rows(engine, [[own] for own in ids], work, reach=max(-min(own) for own in offsets))
     return read
 
 
-def _one_each(places: Sequence[Sequence[int]]) -> Float[Tensor, "row separator window"]:
+def _one_each(offsets: Sequence[Sequence[int]]) -> Float[Tensor, "row separator window"]:
     """For each row, a sum for each of its positions that is this position alone."""
-    window = max(-min(own) for own in places)
-    weights = torch.zeros(len(places), len(places[0]), window, dtype=torch.float32, device="cpu")
-    for row, own in enumerate(places):
+    window = max(-min(own) for own in offsets)
+    weights = torch.zeros(len(offsets), len(offsets[0]), window, dtype=torch.float32, device="cpu")
+    for row, own in enumerate(offsets):
         weights[row, range(len(own)), list(own)] = 1
     return weights
 

@@ -1,206 +1,248 @@
-"""The losses of learned vectors and their gradients, for many prompts and layers side by side.
-
-A row is one prompt with one layer's vector. Each vector gets gradients from its own rows alone, so training layers
-together is the same as training them one by one. What comes before the first token that is written to never changes:
-it is run once and kept.
-"""
+"""A training: its options, its prompts, and the loop over epochs."""
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
 
-from tv_lens.answers import answer_ids, expected_answers
-from tv_lens.edits import Edit, Edits, Positions, Write
-from tv_lens.engines import Engine, Past, Prefixes, Tokens, gradient, map_rows
-from tv_lens.errors import EngineError
-from tv_lens.generation import encode, finite_logits, next_logits, required_logits
-from tv_lens.prompts import Prompt
+from tv_lens.edits import Positions, Write
+from tv_lens.engines import Engine, Prefixes, progress_bar
+from tv_lens.errors import TvLensError
+from tv_lens.methods.base import as_option
+from tv_lens.methods.losses import Examples, Objective, Trainer
+from tv_lens.methods.progress import Epoch, Progress
+from tv_lens.prompts import Prompt, check_prompts
 
-Objective = Literal["answer", "few-shot"]
 
-# A pass that keeps its graph has at most so many positions, and so many logits.
-GRAPH_POSITIONS = 512
-GRAPH_LOGITS = 2**25
+@dataclass(frozen=True)
+class Options:
+    """The options of a training, checked."""
 
-_IGNORED = -100
+    objective: Objective
+    how: Write
+    positions: Positions
+    epochs: int
+    lr: float | None
+    weight_decay: float
+    batch_size: int
+    patience: int
+
+    def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            raise TvLensError(f"objective is {self.objective!r}; use {' or '.join(map(repr, get_args(Objective)))}")
+        if not isinstance(self.how, Write) or self.how.op == "rotate":
+            raise TvLensError(f"how is {self.how}; a vector is learned with add(strength) or overwrite")
+        whole = all(isinstance(number, int) for number in (self.epochs, self.batch_size, self.patience))
+        if not whole or self.epochs < 0 or self.batch_size < 1 or self.patience < 1:
+            raise TvLensError(
+                f"epochs={self.epochs}, batch_size={self.batch_size}, patience={self.patience}: epochs are 0 or more, "
+                "the others 1 or more"
+            )
+        numbers = [each for each in (self.lr, self.weight_decay) if each is not None]
+        if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers) or (
+            (self.lr is not None and self.lr <= 0) or self.weight_decay < 0
+        ):
+            raise TvLensError(f"lr={self.lr}, weight_decay={self.weight_decay}: use a number above 0, and 0 or more")
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as JSON values, without the number of epochs, which may be raised later."""
+        named = {name: as_option(value) for name, value in vars(self).items()}
+        if not isinstance(self.positions, str):
+            named["positions"] = list(self.positions)
+        del named["epochs"]
+        return named
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
-    """Prompts as they are trained on.
+class Data:
+    """The prompts to train on and those held out, and both as they are run."""
 
-    `rows` are token ids: the query, and the answer without its last token. `positions[i]` are those that are written
-    to, `last[i]` is that of the query's last token, both counted from the end of the row. `targets` are the answers'
-    tokens, aligned to the right; `teacher` are the few-shot log-probabilities of the next token. One of them is None.
-    """
-
-    rows: tuple[tuple[int, ...], ...]
-    positions: tuple[tuple[int, ...], ...]
-    last: tuple[int, ...]
-    targets: Int[Tensor, "prompt target"] | None
-    teacher: Float[Tensor, "prompt d_vocab"] | None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def n_logits(self) -> int:
-        """After how many of the last positions logits are needed."""
-        return 1 if self.targets is None else self.targets.shape[1]
-
-    @property
-    def reach(self) -> int:
-        """How many tokens at the end of a row may depend on the vectors."""
-        return max(-min(own) for own in self.positions)
+    trained: list[Prompt]
+    held_out: list[Prompt]
+    examples: Examples
+    validated: Examples | None
 
     @staticmethod
-    def of(engine: Engine, prompts: Sequence[Prompt], objective: Objective, positions: Positions) -> Examples:
-        """The queries of the prompts, with what they are trained to.
+    def of(
+        engine: Engine, prompts: Sequence[Prompt], validation: float | Sequence[Prompt], options: Options, seed: int
+    ) -> Data:
+        """The prompts, checked and split.
 
         Raises:
-            TvLensError: a prompt that lacks what the objective or the positions need.
+            TvLensError: a share out of range, a prompt that cannot be trained on, or a query in both parts.
         """
-        queries = [prompt.zero_shot() for prompt in prompts]
-        ids = encode(engine, queries, 1)
-        written = [
-            engine.text.positions(query, own, positions, i)
-            for i, (query, own) in enumerate(zip(queries, ids, strict=True))
-        ]
-        if objective == "few-shot":
-            teacher = next_logits(engine, encode(engine, prompts, 1), Edits())
-            teacher = finite_logits(engine, teacher, range(len(prompts))).log_softmax(dim=-1)
-            return Examples(
-                tuple(map(tuple, ids)), tuple(map(tuple, written)), (-1,) * len(ids), targets=None, teacher=teacher
+        if isinstance(validation, (int, float)):
+            if not 0 <= validation < 1:
+                raise TvLensError(
+                    f"validation is {validation}; give prompts, or the share to hold out, from 0 to below 1"
+                )
+            every = list(prompts)
+            count = max(round(validation * len(every)), int(validation > 0)) if len(every) > 1 else 0
+            drawn = random.Random(f"validation:{seed}").sample(range(len(every)), len(every))[:count]
+        else:
+            every = [*prompts, *validation]
+            drawn = list(range(len(prompts), len(every)))
+            check_prompts(every)
+        if options.objective == "few-shot" and not all(prompt.examples for prompt in every):
+            raise TvLensError("the few-shot distribution needs demonstrations; sample the prompts with shots=1 or more")
+        held = sorted(drawn)
+        rest = [i for i in range(len(every)) if i not in set(drawn)]
+        shared = {every[i].query for i in held} & {every[i].query for i in rest}
+        if shared:
+            raise TvLensError(
+                f"{len(shared)} queries are in training and in validation prompts ({sorted(shared)[0]!r}, ...), so "
+                "validation would reward learning them by heart; use different ones"
             )
-        known = zip(queries, ids, expected_answers(prompts, None), strict=True)
-        answers = [answer_ids(engine, query, own, answer, i) for i, (query, own, answer) in enumerate(known)]
-        longest = max(map(len, answers))
-        encode(engine, queries, longest)  # an error if the context has no room
-        before = [len(answer) - 1 for answer in answers]
-        return Examples(
-            rows=tuple((*own, *answer[:-1]) for own, answer in zip(ids, answers, strict=True)),
-            positions=tuple(tuple(position - n for position in own) for own, n in zip(written, before, strict=True)),
-            last=tuple(-1 - n for n in before),
-            targets=torch.tensor([[_IGNORED] * (longest - len(each)) + each for each in answers], device="cpu"),
-            teacher=None,
+        examples = Examples.of(engine, every, options.objective, options.positions)
+        return Data(
+            [every[i] for i in rest],
+            [every[i] for i in held],
+            examples.keep(rest),
+            examples.keep(held) if held else None,
         )
 
-    def judge(
-        self, logits: Float[Tensor, "row pos d_vocab"], prompts: Sequence[int]
-    ) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
-        """The loss of each row, in nats, and whether the right tokens are the most likely ones."""
-        chosen = torch.tensor(list(prompts), dtype=torch.long, device="cpu")
-        if self.teacher is not None:
-            teacher = self.teacher[chosen].to(logits.device)
-            last = logits[:, -1].log_softmax(dim=-1)
-            losses = kl_div(last, teacher, reduction="none", log_target=True).sum(dim=-1)
-            return losses, last.argmax(dim=-1) == teacher.argmax(dim=-1)
-        assert self.targets is not None
-        targets = self.targets[chosen][:, -logits.shape[1] :].to(logits.device)
-        counted = targets != _IGNORED
-        by_token = cross_entropy(logits.mT, targets, ignore_index=_IGNORED, reduction="none")
-        losses = by_token.sum(dim=1) / counted.sum(dim=1)
-        return losses, ((logits.argmax(dim=-1) == targets) | ~counted).all(dim=1)
+    def taught(self, engine: Engine) -> Data:
+        """The same, with the few-shot distributions if these are the objective."""
+        if self.examples.targets is not None:
+            return self
+        validated = None if self.validated is None else self.validated.taught(engine, self.held_out)
+        return replace(self, examples=self.examples.taught(engine, self.trained), validated=validated)
+
+    def as_json(self) -> list[list[Any]]:
+        """What a file is compared with."""
+        return [[[prompt.text, prompt.answer] for prompt in part] for part in (self.trained, self.held_out)]
 
 
 @dataclass(frozen=True, eq=False)
-class Losses:
-    """Losses and whether answers are right, for each prompt and each vector that was run; and the gradient of the sum
-    with respect to all vectors, if asked for: 0 for those that were not run.
-    """
-
-    losses: Float[Tensor, "prompt vector"]
-    right: Bool[Tensor, "prompt vector"]
-    gradient: Float[Tensor, "slot width"] | None
-
-
-@dataclass(frozen=True, eq=False)
-class Trainer:
-    """Runs examples with vectors for certain layers written in as `write` says."""
+class Training:
+    """A training: its prompts, its options, and the loop over epochs."""
 
     engine: Engine
+    data: Data
     layers: tuple[int, ...]
-    write: Write
-    kept: Prefixes
+    options: Options
+    rates: tuple[float, ...]
+    seed: int
 
-    def run(
-        self,
-        examples: Examples,
-        prompts: Sequence[int],
-        vectors: Float[Tensor, "slot width"],
-        slots: Sequence[int],
-        *,
-        grad: bool,
-    ) -> Losses:
-        """The losses of some prompts with some of the vectors, one vector a row."""
-        engine, k = self.engine, len(slots)
-        # High layers first: the graph of a pass begins at its lowest layer.
-        ordered = sorted(range(k), key=lambda j: -self.layers[slots[j]])
-        losses = torch.zeros(len(prompts), k, dtype=torch.float32, device="cpu")
-        right = torch.zeros(len(prompts), k, dtype=torch.bool, device="cpu")
-        total = torch.zeros_like(vectors) if grad else None
-        counted: set[int] = set()  # rows come a second time if memory runs out
+    def run(self, begun: Float[Tensor, "layer d_model"], file: Path | None, settings: dict[str, Any]) -> Progress:
+        """The progress after all epochs, or when every layer has stopped."""
+        options, kept = self.options, Prefixes()
+        trainer = Trainer(self.engine, self.layers, options.how, kept)
+        if file is not None and file.exists():
+            progress = Progress.load(file, settings)
+            if progress.epochs > options.epochs:
+                raise TvLensError(f"{file}: has {progress.epochs} epochs, more than epochs={options.epochs}; raise it")
+        else:
+            progress = Progress.start(begun)
+            self._validate(trainer, progress, list(range(len(self.layers))), None)
+            self._save(progress, file, settings)
+        batches = self._batches()
+        with progress_bar(self.engine, options.epochs * len(batches), "step") as shown:
+            shown.update(progress.epochs * len(batches))
+            while progress.epochs < options.epochs and (active := self._active(progress)):
+                progress.epochs += 1
+                losses = self._train(trainer, progress, active, batches, shown)
+                self._validate(trainer, progress, active, losses)
+                self._save(progress, file, settings)
+        return progress
 
-        def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
-            numbers, columns = [row // k for row in rows], [ordered[row % k] for row in rows]
-            own = [prompts[i] for i in numbers]
-            written = vectors.detach().requires_grad_(grad)
-            edits = self.edits(examples, own, [slots[j] for j in columns], written)
-            output = engine.forward(
-                tokens, edits=edits, past=past, logits=examples.n_logits, keep_past=False, grad=grad
-            )
-            with torch.set_grad_enabled(grad):
-                each, is_right = examples.judge(required_logits(output.logits), own)
-                if not bool(each.isfinite().all()):
-                    raise EngineError(
-                        f"{engine.name}: the loss of prompt {own[int((~each.isfinite()).nonzero()[0])]} is NaN or "
-                        "infinite; a half-precision model may overflow, or the learning rate is too high"
-                    )
-                if total is not None:
-                    new = torch.tensor([row not in counted for row in rows], device=each.device)
-                    total.add_(gradient(engine, each[new].sum(), written).to(total))
-            counted.update(rows)
-            losses[numbers, columns] = each.detach().float().cpu()
-            right[numbers, columns] = is_right.cpu()
+    def _batches(self) -> list[list[int]]:
+        """The prompts of each step, the same in every epoch, so that what was run before their vectors is kept."""
+        order = random.Random(f"batches:{self.seed}").sample(range(len(self.data.examples)), len(self.data.examples))
+        size = self.options.batch_size
+        return [order[i : i + size] for i in range(0, len(order), size)]
 
-        width = examples.reach
-        most = min(GRAPH_POSITIONS // width, GRAPH_LOGITS // (engine.info.d_vocab * examples.n_logits))
-        map_rows(
-            engine,
-            [[examples.rows[i]] * k for i in prompts],
-            work,
-            reach=width,
-            kept=self.kept,
-            max_rows=max(1, most) if grad else None,
+    def _active(self, progress: Progress) -> list[int]:
+        """The vectors that are still trained."""
+        if self.data.validated is None:
+            return list(range(len(self.layers)))
+        stale = [progress.epochs - best for best in progress.best_epochs]
+        return [slot for slot, epochs in enumerate(stale) if epochs < self.options.patience]
+
+    def _train(
+        self, trainer: Trainer, progress: Progress, active: list[int], batches: Sequence[list[int]], shown: Any
+    ) -> Float[Tensor, " vector"]:
+        """One epoch; the mean loss of each active vector while it was trained."""
+        options, rows = self.options, list(progress.vectors)  # views, which the optimizer changes in place
+        optimizer = torch.optim.AdamW(
+            [{"params": [rows[slot]], "lr": self.rates[slot]} for slot in active], weight_decay=options.weight_decay
         )
-        return Losses(losses, right, total)
+        for slot in active:
+            optimizer.state[rows[slot]] = {
+                "step": torch.tensor(float(progress.steps)),
+                "exp_avg": progress.first_moments[slot],
+                "exp_avg_sq": progress.second_moments[slot],
+            }
+        total = torch.zeros(len(active), dtype=torch.float32, device="cpu")
+        draw = random.Random(f"epoch:{self.seed}:{progress.epochs}")
+        for batch in draw.sample(batches, len(batches)):
+            result = trainer.run(self.data.examples, batch, progress.vectors, active, grad=True)
+            assert result.gradient is not None
+            for slot in active:
+                rows[slot].grad = result.gradient[slot] / len(batch)
+            optimizer.step()
+            progress.steps += 1
+            total += result.losses.sum(dim=0)
+            shown.update()
+        return total / len(self.data.examples)
 
-    def edits(
-        self, examples: Examples, prompts: Sequence[int], slots: Sequence[int], vectors: Float[Tensor, "slot width"]
-    ) -> Edits:
-        """What is written into a batch: vector `slots[i]` into row `i`, which is of `prompts[i]`."""
-        rows_at: dict[tuple[int, int], list[int]] = {}
-        for row, (prompt, slot) in enumerate(zip(prompts, slots, strict=True)):
-            positions = examples.positions[prompt]
-            if self.write.every_step:
-                positions = (*positions, *range(examples.last[prompt] + 1, 0))
-            for position in positions:
-                rows_at.setdefault((slot, position), []).append(row)
-        return Edits(
-            Edit(
-                (vectors[slot] * self.write.strength).expand(len(rows), -1),
-                torch.tensor(rows, dtype=torch.long, device="cpu"),
-                self.layers[slot],
-                position=position,
-                op=self.write.op,
-                keep_norm=self.write.keep_norm,
+    def _validate(
+        self, trainer: Trainer, progress: Progress, active: list[int], losses: Float[Tensor, " vector"] | None
+    ) -> None:
+        """Measure the active vectors on the held-out prompts, and keep those that are better than before."""
+        epoch, layers = progress.epochs, self.layers
+        validated = None
+        if self.data.validated is not None:
+            everything = list(range(len(self.data.validated)))
+            validated = trainer.run(self.data.validated, everything, progress.vectors, active, grad=False)
+        for column, slot in enumerate(active):
+            point = Epoch(
+                epoch,
+                layers[slot],
+                None if losses is None else float(losses[column]),
+                None if validated is None else float(validated.losses[:, column].mean()),
+                None if validated is None else float(validated.right[:, column].float().mean()),
             )
-            for (slot, position), rows in rows_at.items()
-        )
+            earlier = [each for each in progress.curve if each.layer == layers[slot]]
+            if all(rank_of(point) > rank_of(each) for each in earlier):
+                progress.best[slot] = progress.vectors[slot]
+                progress.best_epochs[slot] = epoch
+            progress.curve.append(point)
+
+    def _save(self, progress: Progress, file: Path | None, settings: dict[str, Any]) -> None:
+        if file is not None:
+            progress.save(file, settings)
+
+
+def rank_of(point: Epoch) -> tuple[float, float]:
+    """What is compared between epochs and layers, the higher the better; without validation later epochs win."""
+    if point.validation_accuracy is None or point.validation_loss is None:
+        return float(point.epoch), 0.0
+    return point.validation_accuracy, -point.validation_loss
+
+
+def best_points(curve: Sequence[Epoch], layers: Sequence[int]) -> list[Epoch]:
+    """The best epoch of each layer."""
+    return [max((each for each in curve if each.layer == layer), key=rank_of) for layer in layers]
+
+
+def by_validation(curve: Sequence[Epoch], layers: Sequence[int]) -> tuple[int, ...]:
+    if any(point.validation_accuracy is None for point in curve):
+        return ()
+    points = best_points(curve, layers)
+    return tuple(point.layer for point in sorted(points, key=rank_of, reverse=True))
+
+
+def accuracies(progress: Progress) -> list[float]:
+    """The validation accuracy of each layer's best vector; empty without validation prompts."""
+    layers = sorted({point.layer for point in progress.curve})
+    accuracies = [point.validation_accuracy for point in best_points(progress.curve, layers)]
+    return [accuracy for accuracy in accuracies if accuracy is not None]

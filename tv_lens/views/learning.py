@@ -20,15 +20,15 @@ def plot_learned(learned: Learned) -> go.Figure:
     """Training loss, validation loss and validation accuracy by epoch, a line for each layer. Up to eight layers have a
     color, dash and marker each; of more, the best is drawn thick and the others pale, darker with depth.
     """
-    vectors, best = learned.vectors, learned.best_layers[0]
+    vectors, best = learned.vectors, learned.best_layers[0] if learned.best_layers else None
     table = learned.to_pandas()
     panels = [name for name in _PANELS if table[name].notna().any()]
     figure = new_figure(
-        f"Learning {vectors.task}, {vectors.model}: best at layer {best}",
+        f"Learning {vectors.task}, {vectors.model}" + ("" if best is None else f": best at layer {best}"),
         f"objective {vectors.options.get('objective')}, a line for each layer",
     )
     few = len(vectors.layers) <= len(COLORS)
-    ordered = [layer for layer in vectors.layers if layer != best] + [best]  # the best on top
+    ordered = sorted(vectors.layers, key=lambda layer: layer == best)  # the best on top
     for panel, name in enumerate(panels):
         axis = "" if panel == 0 else str(panel + 1)
         for layer in ordered:
