@@ -65,7 +65,8 @@ def hooked(
 
 def trained(twins: Twins, prompts: list[Prompt], objective: Any = "answer") -> tuple[tv.LocalEngine, Examples]:
     engine = engine_of(twins)
-    return engine, Examples.of(engine, prompts, objective, "last")
+    examples = Examples.of(engine, prompts, objective, "last")
+    return engine, examples if objective == "answer" else examples.taught(engine, prompts)
 
 
 @pytest.mark.parametrize(
@@ -233,9 +234,9 @@ def test_a_training_resumes_from_its_file(llama: Twins, tmp_path: Path) -> None:
         learn(engine, PROMPTS[1:4], epochs=2, file=file, **options)
     with pytest.raises(tv.TvLensError, match="has 2 epochs, more than epochs=1"):
         learn(engine, PROMPTS[:4], epochs=1, file=file, **options)
-    with pytest.raises(tv.TvLensError, match=r"other settings \(bos, prompts\)|other settings \(bos\)"):
-        plain = tv.LocalEngine(llama.bridge, prepend_bos=False, progress=False)
-        learn(plain, PROMPTS[:4], epochs=2, file=file, **options)
+    without_bos = tv.LocalEngine(llama.bridge, prepend_bos=False, progress=False)
+    with pytest.raises(tv.TvLensError, match=r"other settings \(bos\)"):
+        learn(without_bos, PROMPTS[:4], epochs=2, file=file, **options)
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(tv.TvLensError, match="not a file of a training, or a damaged one"):
@@ -447,7 +448,11 @@ def test_an_experiment_needs_a_layer_that_the_method_tries(llama: Twins) -> None
     method = LearnedVector(layers=1, epochs=0)
     with pytest.raises(tv.TvLensError, match=r"to try at the layers \[1\], and none of these is among layers=\[0\]"):
         tv.run_experiment(llama.bridge, [LETTERS], methods=[method], layers=[0], **SMALL)
-    for options in ({"objective": "speed"}, {"lr": -1.0}, {"keep": 0}, {"start": "one"}, {"how": tv.rotate()}):
+
+
+def test_options_are_checked_when_a_method_is_made(as_users_run_it: None) -> None:
+    wrong: list[dict[str, Any]] = [{"objective": "speed"}, {"lr": -1.0}, {"keep": 0}, {"start": "one"}, {"patience": 0}]
+    for options in [*wrong, {"how": tv.rotate()}, {"epochs": "many"}]:
         with pytest.raises(tv.TvLensError):
             LearnedVector(**options)
 

@@ -147,7 +147,8 @@ def learn(  # noqa: PLR0913 - its options are keywords
     options = Options(objective, how, positions, epochs, lr, weight_decay, batch_size, patience)
     chosen = _layers(engine, layers)
     data = Data.of(engine, prompts, validation, options, int(seed))
-    begun = _start(engine, start, chosen, how, int(seed))
+    with torch.inference_mode(False):  # in which nothing has gradients
+        begun = _start(engine, start, chosen, how, int(seed))
     settings = {
         "model": engine.name,
         "bos": [engine.info.prepend_bos, engine.info.bos],
@@ -158,7 +159,7 @@ def learn(  # noqa: PLR0913 - its options are keywords
         "start": start if isinstance(start, str) else begun.tolist(),
         "prompts": data.as_json(),
     }
-    with engine.session():
+    with engine.session(), torch.inference_mode(False):
         if file is not None:
             settings["weights"] = engine.fingerprint()
         rates = _rates(engine, data.trained, chosen, lr)
@@ -228,7 +229,7 @@ class LearnedVector(Method):
 
     name: ClassVar[str] = "learn"
     objective: Objective = "answer"
-    layers: int | tuple[int, ...] | None = None
+    layers: int | Sequence[int] | None = None
     how: Write = ADD
     positions: Positions = "last"
     start: Literal["zero", "uniform", "extract", "shift"] = "zero"
