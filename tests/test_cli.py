@@ -474,7 +474,12 @@ def test_every_method_has_a_name_on_the_command_line() -> None:
     ],
 )
 def test_mistakes_about_methods_are_one_line(
-    capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, options: list[str], message: str
+    capsys: pytest.CaptureFixture[str],
+    tiny: Tiny,
+    pairs: str,
+    options: list[str],
+    message: str,
+    as_users_run_it: None,
 ) -> None:
     command, *rest = options
     code, _, err = call(capsys, command, pairs, "--model", tiny.folder, "--shots", "1", "--prompts", "4", *rest)

@@ -29,7 +29,7 @@ QUERIES = ["big ->", "a", "hot -> cold\nbig ->"]
 LETTERS = tv.Task("upper", ("ab", "cold", "dog e", "quick", "fox", "tall", "g", "h"), str.upper)
 PROMPTS = LETTERS.sample(4, shots=3, seed=0)
 OTHER: Any = "sum"
-SMALL: dict[str, Any] = {"shots": 2, "n_dev": 4, "n_test": 4, "max_new_tokens": 2}
+SMALL: dict[str, Any] = {"shots": 3, "n_dev": 4, "n_test": 4, "max_new_tokens": 2}
 
 
 def states(twins: Twins, texts: Sequence[str], bos: bool | None = None) -> Tensor:
@@ -264,7 +264,7 @@ def test_an_experiment_compares_both_methods(llama: Twins, tmp_path: Path) -> No
     assert list(mean.evaluation.controls) == list(turn.evaluation.controls) == ["random", "shuffled"]
     vector = actual.vectors["upper, in_context_vector"]
     dev, _ = LETTERS.split(0.5, seed=0)
-    texts = tv.patch_generate(llama.bridge, dev.sample(4, shots=2, seed=0), vector, 3, max_new_tokens=2)
+    texts = tv.patch_generate(llama.bridge, dev.sample(4, shots=3, seed=0), vector, 3, max_new_tokens=2)
     assert turn.sweep.scores[0].texts == tuple(texts)
     assert tv.run_experiment(llama.bridge, [LETTERS], **options) == actual  # from its folder
 
