@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tv_lens.edits import RESID_POST, SITES, Head, Op, Positions, Site, Usage
+from tv_lens.edits import RESID_POST, SITES, Head, Op, Site, Usage
 from tv_lens.errors import TvLensError
 from tv_lens.files import from_json, to_json, typed
 from tv_lens.prompts import format_from_dict
@@ -52,20 +52,6 @@ _MAPS = ("inward", "lengths", "outward")
 
 
 @dataclass(frozen=True)
-class _Usage:
-    """`Usage` in a header, with positions as JSON has them."""
-
-    positions: str | tuple[int, ...] = "last"
-    strength: float = 1.0
-    every_step: bool = False
-    keep_norm: bool = False
-    keep_demonstrations: bool = False
-    per_position: bool = False
-    span: Literal["one", "up to", "together"] = "one"
-    tried: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
 class _Header:
     """The JSON in a file's header, with its types."""
 
@@ -87,7 +73,7 @@ class _Header:
     terms: tuple[Term, ...] = ()
     n_heads: int = 0
     heads: tuple[tuple[int, int], ...] = ()
-    usage: _Usage = field(default_factory=_Usage)
+    usage: Usage = field(default_factory=Usage)
     sha256: str | None = None
 
 
@@ -164,8 +150,7 @@ def read(path: Path) -> Content:
         terms=header.terms,
     )
     heads = tuple(Head(*pair) for pair in header.heads)
-    usage = Usage(**{**vars(header.usage), "positions": cast(Positions, header.usage.positions)})
-    layout = (SITES[header.site], header.op, header.layers, header.n_layers, header.n_heads, heads, usage)
+    layout = (SITES[header.site], header.op, header.layers, header.n_layers, header.n_heads, heads, header.usage)
     return Content(values, provenance, *layout, maps=maps)
 
 
