@@ -33,7 +33,7 @@ Measure = Literal["probability", "log-probability"]
 # How it is computed: by replacing each head's output, or by a first-order estimate from one gradient for all heads.
 How = Literal["exact", "attribution"]
 
-_FILE = TensorFile("tv_lens_heads", format=1)
+_FILE = TensorFile("tv_lens_heads", "head effects", format=1)
 
 
 @dataclass(frozen=True)

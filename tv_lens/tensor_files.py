@@ -18,12 +18,13 @@ from tv_lens.files import from_json, to_json
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A kind of file: the name of its entry in the safetensors header, and its format.
+    """A kind of file: the name of its entry in the safetensors header, what it holds, in words, and its format.
 
     Raise `format` when older versions can no longer read the file.
     """
 
     entry: str
+    holds: str
     format: int
 
     def pack(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
@@ -47,7 +48,7 @@ class TensorFile:
         size = int.from_bytes(content[:8], "little")
         entries = from_json(content[8 : 8 + size]).get("__metadata__") or {}
         if self.entry not in entries:
-            raise TvLensError(f"its header has no entry {self.entry!r}")
+            raise TvLensError(f"it has no {self.holds}")
         header = from_json(entries[self.entry])
         if not isinstance(header, dict) or not isinstance(header.get("format"), int):
             raise TvLensError("its header has no format")

@@ -15,7 +15,7 @@ from tv_lens.errors import TvLensError
 from tv_lens.files import from_json, read_whole, to_json, typed, write_whole
 from tv_lens.tensor_files import TensorFile
 
-_FILE = TensorFile("tv_lens_learning", format=1)
+_FILE = TensorFile("tv_lens_learning", "training", format=1)
 
 
 class Epoch(NamedTuple):
