@@ -424,7 +424,7 @@ def test_an_experiment_tries_the_layers_of_the_best_validation(llama: Twins, tmp
     assert method_of(tv.TaskVectors.load(tmp_path / "v.safetensors")) == method
 
 
-def test_permuted_answers_keep_none_of_their_own() -> None:
+def test_no_prompt_keeps_its_answer() -> None:
     prompts = LETTERS.sample(8, shots=1, seed=0)
     mixed = LearnedVector().shuffled(prompts, 1)
     assert mixed is not None
