@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import Twins, ids_of, make_twins, original
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
 from tv_lens import LearnedVector, Prompt, learn
@@ -530,3 +531,21 @@ def test_memory_that_runs_out_does_not_count_a_row_twice(llama: Twins) -> None:
     assert expected.gradient is not None
     torch.testing.assert_close(actual.losses, expected.losses, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(actual.gradient, expected.gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_a_learned_vector_does_what_no_extracted_one_does(demo: TransformerBridge) -> None:
+    """Both directions of a bijection with one vector, on letters that it was not trained on (docs/several_vectors.md:
+    0.81 learned, 0.35 extracted, 0.08 with permuted answers).
+    """
+    engine = tv.LocalEngine(demo, progress=False)
+    train, test = tv.library()["swap_upper_lower"].split(0.5, seed=0)
+    prompts, held_out = train.sample(26, shots=5, seed=0), test.sample(26, shots=5, seed=0)
+    learned = learn(engine, prompts, layers=9).vectors
+    permuted = learn(engine, tv.shuffle_answers(prompts, 0), layers=9, epochs=3).vectors
+    extracted = tv.Extraction()(engine, train, prompts, 0).mean()
+    accuracy = {
+        name: tv.score(test, held_out, tv.patch_generate(engine, held_out, vectors, layer, max_new_tokens=3)).accuracy
+        for name, vectors, layer in (("learned", learned, 9), ("permuted", permuted, 9), ("extracted", extracted, 21))
+    }
+    assert accuracy["learned"] > max(0.6, accuracy["extracted"] + 0.2), accuracy
+    assert accuracy["permuted"] < 0.25, accuracy
