@@ -198,6 +198,25 @@ def test_layers_learned_together_equal_layers_learned_alone(llama: Twins, start:
         for one, other in zip(own, alone.curve, strict=True):
             assert one[3:] == pytest.approx(other[3:], abs=1e-4)
     assert len(last_epochs) > 1  # early stopping is by layer
+    best_epochs: Any = together.vectors.options["best_epochs"]
+    for layer in range(4):
+        last = max(point.epoch for point in together.curve if point.layer == layer)
+        assert last == min(options["epochs"], best_epochs[layer] + options["patience"])
+
+
+def test_the_first_step_is_that_of_adam_by_hand(llama: Twins) -> None:
+    """AdamW begins with lr * g / |g|, after the vector has shrunk by lr * weight decay."""
+    engine, prompts, layer = engine_of(llama), PROMPTS[:2], 2
+    read = tv.extract(engine, prompts, [["fax"], ["fax"]]).mean()
+    options: dict[str, Any] = {"layers": layer, "epochs": 1, "validation": 0.0, "batch_size": 2, "weight_decay": 0.5}
+    actual = learn(engine, prompts, start=read, **options).vectors.at(layer)[0]
+    theta = read.at(layer)[0].clone().requires_grad_()
+    losses = [plain_loss(llama, prompt, layer, lambda before: before + theta) for prompt in prompts]
+    [g] = torch.autograd.grad(torch.stack(losses).mean(), [theta])
+    states = torch.stack([read_last(llama, prompt.zero_shot().text)[layer] for prompt in prompts])
+    lr = 0.05 * float(states.pow(2).mean().sqrt())
+    expected = theta.detach() * (1 - lr * 0.5) - lr * g / (g.abs() + 1e-8)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_best_epoch_is_kept(llama: Twins) -> None:
