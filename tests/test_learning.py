@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import tv_lens as tv
 from tv_lens import LearnedVector, Prompt, learn
 from tv_lens.engines import Prefixes, gradient
+from tv_lens.evidence.controls import Treatment
 from tv_lens.methods.base import method_of
 from tv_lens.methods.losses import Examples, Trainer
 
@@ -144,6 +145,26 @@ def test_an_answer_is_right_if_greedy_decoding_gives_it(llama: Twins) -> None:
     assert run.gradient is None
 
 
+def test_every_token_of_an_answer_counts(llama: Twins) -> None:
+    """The second token is the most likely one after the first, which is not."""
+    engine, query = engine_of(llama), Prompt((), "big")
+    ids = ids_of(llama.bridge, query.text)
+    with torch.no_grad():
+        first = llama.plain(input_ids=ids, use_cache=False).logits[0, -1].argsort(descending=True)[1:].tolist()
+    for token in first:
+        with torch.no_grad():
+            whole = torch.cat([ids, torch.tensor([[token]])], dim=1)
+            second = int(llama.plain(input_ids=whole, use_cache=False).logits[0, -1].argmax())
+        answer = engine.text.decode([token, second])
+        if engine.text.piece_ids(answer)[-2:] == [token, second]:
+            break
+    examples = Examples.of(engine, [replace(query, answer=answer)], "answer", "last")
+    assert examples.targets is not None
+    assert examples.targets.tolist() == [[token, second]]
+    run = Trainer(engine, (1,), tv.add(), Prefixes()).run(examples, [0], torch.zeros(1, 32), [0], grad=False)
+    assert not bool(run.right[0, 0])
+
+
 def test_batched_equals_one_by_one(llama: Twins) -> None:
     engine, examples = trained(llama, PROMPTS)
     theta = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
@@ -217,6 +238,21 @@ def test_the_first_step_is_that_of_adam_by_hand(llama: Twins) -> None:
     lr = 0.05 * float(states.pow(2).mean().sqrt())
     expected = theta.detach() * (1 - lr * 0.5) - lr * g / (g.abs() + 1e-8)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_training_is_that_of_a_plain_loop(llama: Twins) -> None:
+    """torch's AdamW on the losses of plain hooks, the whole batch at each step."""
+    engine, prompts, layer = engine_of(llama), PROMPTS[:3], 1
+    options: dict[str, Any] = {"layers": layer, "validation": 0.0, "batch_size": 3, "lr": 0.1}
+    theta = torch.zeros(32, requires_grad=True)
+    optimizer = torch.optim.AdamW([theta], lr=0.1, weight_decay=0.01)
+    for epochs in (1, 2, 3):
+        losses = [plain_loss(llama, prompt, layer, lambda before: before + theta) for prompt in prompts]
+        [theta.grad] = torch.autograd.grad(torch.stack(losses).mean(), [theta])
+        optimizer.step()
+        learned = learn(engine, prompts, epochs=epochs, **options)
+        torch.testing.assert_close(learned.vectors.at(layer)[0], theta.detach(), atol=1e-3, rtol=1e-3)
+        assert learned.curve[-1].loss == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
 
 
 def test_the_best_epoch_is_kept(llama: Twins) -> None:
@@ -457,6 +493,15 @@ def test_no_prompt_keeps_its_answer() -> None:
         tv.shuffle_answers(prompts[:1], 0)
 
 
+def test_a_control_is_trained_where_it_is_written(llama: Twins) -> None:
+    engine, method = engine_of(llama), LearnedVector(epochs=1)
+    prompts = LETTERS.sample(4, shots=1, seed=0)
+    treatment = Treatment(engine, LETTERS, prompts, method(engine, LETTERS, prompts, 0), method, 0, 4, layers=(2,))
+    control = tv.ShuffledDemonstrations()(treatment)
+    assert control is not None
+    assert (control.layers, control.tried_layers) == ((2,), (2,))
+
+
 def test_a_control_does_not_begin_at_the_vector_of_the_task() -> None:
     prompts = LETTERS.sample(6, shots=3, seed=0)
     mixed = LearnedVector(start="extract").shuffled(prompts, 1)
@@ -531,19 +576,20 @@ def test_the_page_on_learning_runs(llama: Twins, tmp_path: Path, monkeypatch: py
     assert known["learned"].curve[-1].epoch == 4
 
 
-def test_memory_that_runs_out_does_not_count_a_row_twice(llama: Twins) -> None:
+def test_memory_that_runs_out_does_not_count_a_row_twice(llama: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, examples = trained(llama, PROMPTS)
     theta = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
     expected = Trainer(engine, (0, 1, 2, 3), tv.add(), Prefixes()).run(examples, range(6), theta, range(4), grad=True)
     forward, passes = engine.forward, [0]
 
     def scarce(tokens: tv.Tokens, **options: Any) -> Any:
-        passes[0] += 1
-        if len(tokens) > 8 and options.get("grad"):
+        passes[0] += bool(options.get("grad"))
+        if passes[0] == 2 and options.get("grad"):  # after some rows of every prompt
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return forward(tokens, **options)
 
     engine.forward = scarce  # type: ignore[method-assign]
+    monkeypatch.setattr("tv_lens.methods.losses.GRAPH_POSITIONS", 6 * examples.reach)
     with pytest.warns(tv.TvLensWarning, match="no memory for"):
         actual = Trainer(engine, (0, 1, 2, 3), tv.add(), Prefixes()).run(examples, range(6), theta, range(4), grad=True)
     assert actual.gradient is not None
