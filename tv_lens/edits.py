@@ -24,7 +24,7 @@ from tv_lens.errors import TvLensError
 
 Op = Literal["set", "add", "rotate"]
 
-# Which tokens of a prompt are written to or read from; see `tv_lens.text.positions_of`.
+# Which tokens of a prompt are written to or read from; see `TextCodec.positions`.
 Role = Literal["last", "separators", "outputs", "query", "all"]
 Positions: TypeAlias = Role | Sequence[int]
 ROLES: tuple[str, ...] = get_args(Role)

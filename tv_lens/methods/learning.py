@@ -25,7 +25,7 @@ from tv_lens.methods.base import Method
 from tv_lens.methods.extraction import Extraction, read_site, vectors_of
 from tv_lens.methods.losses import Objective
 from tv_lens.methods.progress import Epoch
-from tv_lens.methods.training import Data, Options, Training, accuracies, best_points, by_validation
+from tv_lens.methods.training import Data, Options, Training, best_points, by_validation
 from tv_lens.patching import check_type, check_vectors
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.provenance import Option
@@ -165,14 +165,15 @@ def learn(  # noqa: PLR0913 - its options are keywords
         rates = _rates(engine, data.trained, chosen, lr)
         training = Training(engine, data.taught(engine), chosen, options, rates, int(seed))
         progress = training.run(begun, None if file is None else Path(file), settings)
+    bests = best_points(progress.curve, chosen)
     notes: dict[str, Option] = {
         **options.as_json(),
         "epochs": epochs,
         "start": start if isinstance(start, str) else str(start.provenance),
         "rates": list(rates),
         "n_validation": len(data.held_out),
-        "best_epochs": [int(each) for each in progress.best_epochs],
-        "validation_accuracy": accuracies(progress),
+        "best_epochs": [best.epoch for best in bests],
+        "validation_accuracy": [best.validation_accuracy for best in bests] if data.held_out else [],
     }
     best = vectors_of(engine, progress.best[None], data.trained, (), RESID_POST, "learn", notes, layers=chosen)
     usage = Usage(positions, how.strength, how.every_step, how.keep_norm)

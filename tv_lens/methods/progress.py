@@ -40,20 +40,18 @@ class Progress:
     first_moments: Float[Tensor, "layer width"]
     second_moments: Float[Tensor, "layer width"]
     best: Float[Tensor, "layer width"]
-    best_epochs: list[int]
     epochs: int = 0
-    steps: int = 0
     curve: list[Epoch] = field(default_factory=list)
 
     @staticmethod
     def start(vectors: Float[Tensor, "layer width"]) -> Progress:
         """Before the first epoch."""
         zeros = torch.zeros_like(vectors)
-        return Progress(vectors.clone(), zeros, zeros.clone(), vectors.clone(), [0] * len(vectors))
+        return Progress(vectors.clone(), zeros, zeros.clone(), vectors.clone())
 
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Write everything, with the settings of the training."""
-        header = _Header(dict(settings), self.best_epochs, self.epochs, self.steps, self.curve)
+        header = _Header(dict(settings), self.epochs, self.curve)
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         write_whole(path, _FILE.pack(asdict(header), tensors))
 
@@ -91,7 +89,5 @@ class _Header:
     """The JSON in a file's header, with its types."""
 
     settings: dict[str, Any]
-    best_epochs: list[int]
     epochs: int
-    steps: int
     curve: list[Epoch]

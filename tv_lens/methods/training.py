@@ -164,7 +164,7 @@ class Training:
         """The vectors that are still trained."""
         if self.data.validated is None:
             return list(range(len(self.layers)))
-        stale = [progress.epochs - best for best in progress.best_epochs]
+        stale = [progress.epochs - best.epoch for best in best_points(progress.curve, self.layers)]
         return [slot for slot, epochs in enumerate(stale) if epochs < self.options.patience]
 
     def _train(
@@ -177,7 +177,7 @@ class Training:
         )
         for slot in active:
             optimizer.state[rows[slot]] = {
-                "step": torch.tensor(float(progress.steps)),
+                "step": torch.tensor(float((progress.epochs - 1) * len(batches))),
                 "exp_avg": progress.first_moments[slot],
                 "exp_avg_sq": progress.second_moments[slot],
             }
@@ -189,7 +189,6 @@ class Training:
             for slot in active:
                 rows[slot].grad = result.gradient[slot] / len(batch)
             optimizer.step()
-            progress.steps += 1
             total += result.losses.sum(dim=0)
             shown.update()
         return total / len(self.data.examples)
@@ -214,7 +213,6 @@ class Training:
             earlier = [each for each in progress.curve if each.layer == layers[slot]]
             if all(rank_of(point) > rank_of(each) for each in earlier):
                 progress.best[slot] = progress.vectors[slot]
-                progress.best_epochs[slot] = epoch
             progress.curve.append(point)
 
     def _save(self, progress: Progress, file: Path | None, settings: dict[str, Any]) -> None:
@@ -239,10 +237,3 @@ def by_validation(curve: Sequence[Epoch], layers: Sequence[int]) -> tuple[int, .
         return ()
     points = best_points(curve, layers)
     return tuple(point.layer for point in sorted(points, key=rank_of, reverse=True))
-
-
-def accuracies(progress: Progress) -> list[float]:
-    """The validation accuracy of each layer's best vector; empty without validation prompts."""
-    layers = sorted({point.layer for point in progress.curve})
-    accuracies = [point.validation_accuracy for point in best_points(progress.curve, layers)]
-    return [accuracy for accuracy in accuracies if accuracy is not None]
