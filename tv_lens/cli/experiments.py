@@ -12,7 +12,6 @@ from tv_lens.cli.app import app
 from tv_lens.cli.checks import (
     FileOptions,
     UsageError,
-    check_chat,
     check_folder,
     check_model,
     check_results,
@@ -22,7 +21,7 @@ from tv_lens.cli.checks import (
     tasks_in,
     with_rule,
 )
-from tv_lens.cli.loading import load_engine, method_of, prompt_format, template_of
+from tv_lens.cli.loading import Wording, load_engine, method_of
 from tv_lens.cli.options import (
     TEMPLATE,
     Across,
@@ -118,11 +117,12 @@ def run(
         check_writable(save, (".json", ".parquet"))
     if folder is not None:
         check_folder(folder)
-    written = template_of(template, separator)
-    check_chat(written, chat=chat, one_turn=one_turn, system=system)
+    wording = Wording.of(template, separator, chat=chat, one_turn=one_turn, system=system)
     choices = [chosen_method(text, across=across) for text in method or []]
     for task in chosen:
-        dev_and_test(task, n_dev, n_test, shots=shots, seed=seed, template=written)  # an error if inputs are too few
+        dev_and_test(
+            task, n_dev, n_test, shots=shots, seed=seed, template=wording.format()
+        )  # an error if inputs are too few
     methods = [method_of(choice, substitutes, across) for choice in choices]
     engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     experiment = tv.run_experiment(
@@ -135,7 +135,7 @@ def run(
         substitutes=substitutes,
         across=across,
         methods=methods or None,
-        template=prompt_format(engine, written, chat, one_turn, system),
+        template=wording.format(engine),
         max_new_tokens=1 if first_token else max_new_tokens,
         folder=folder,
     )

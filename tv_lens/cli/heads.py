@@ -9,8 +9,8 @@ import typer
 
 import tv_lens as tv
 from tv_lens.cli.app import app
-from tv_lens.cli.checks import FileOptions, check_chat, check_model, check_writable, chosen_task
-from tv_lens.cli.loading import load_engine, prompt_format, template_of
+from tv_lens.cli.checks import FileOptions, check_model, check_writable, chosen_task
+from tv_lens.cli.loading import Wording, load_engine
 from tv_lens.cli.options import (
     TEMPLATE,
     BatchSize,
@@ -75,14 +75,10 @@ def heads(
     for path, kind in ((save, ".safetensors"), (vector, ".safetensors"), (plot, ".html")):
         if path is not None:
             check_writable(path, (kind,))
-    written = template_of(template, separator)
-    check_chat(written, chat=chat, one_turn=one_turn, system=system)
-    asked = chosen.sample(prompts, shots=shots, seed=seed, template=written)
+    wording = Wording.of(template, separator, chat=chat, one_turn=one_turn, system=system)
+    asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format())
     engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
-    if chat:
-        asked = chosen.sample(
-            prompts, shots=shots, seed=seed, template=prompt_format(engine, written, chat, one_turn, system)
-        )
+    asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format(engine))
     read = tv.read_heads(engine, asked)
     effects = tv.head_effects(
         engine,

@@ -9,8 +9,8 @@ import typer
 
 import tv_lens as tv
 from tv_lens.cli.app import app
-from tv_lens.cli.checks import FileOptions, UsageError, check_chat, check_model, check_writable, chosen_task
-from tv_lens.cli.loading import load_engine, prompt_format, template_of
+from tv_lens.cli.checks import FileOptions, UsageError, check_model, check_writable, chosen_task
+from tv_lens.cli.loading import Wording, load_engine
 from tv_lens.cli.options import (
     TEMPLATE,
     BatchSize,
@@ -86,14 +86,11 @@ def learn(
         raise UsageError(f"--objective {objective}, --how {how}: use answer or few-shot, and add or overwrite")
     trained = _layers(layers)
     chosen = chosen_task(task, FileOptions(input_column, output_column, under, header))
-    written = template_of(template, separator)
-    check_chat(written, chat=chat, one_turn=one_turn, system=system)
-    asked = chosen.sample(prompts, shots=shots, seed=seed, template=written)
+    wording = Wording.of(template, separator, chat=chat, one_turn=one_turn, system=system)
+    asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format())
     begun: Any = start if start in ("zero", "uniform") else tv.TaskVectors.load(start)
     engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
-    if chat:
-        format_ = prompt_format(engine, written, chat, one_turn, system)
-        asked = chosen.sample(prompts, shots=shots, seed=seed, template=format_)
+    asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format(engine))
     learned = tv.learn(
         engine,
         asked,

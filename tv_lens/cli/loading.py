@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import tv_lens as tv
-from tv_lens.cli.checks import MethodChoice, UsageError
+from tv_lens.cli.checks import MethodChoice, UsageError, check_chat
 
 
 def load_engine(
@@ -60,14 +60,28 @@ def _value(name: str, value: Any) -> Any:
     return value
 
 
-def template_of(example: str, separator: str) -> tv.Template:
-    return tv.Template(example, separator.replace(r"\n", "\n").replace(r"\t", "\t"))
+class Wording(NamedTuple):
+    """How a command's prompts are written: by a template, or as conversations of the model that is loaded later."""
 
+    template: tv.Template
+    chat: bool
+    one_turn: bool
+    system: str | None
 
-def prompt_format(
-    engine: tv.LocalEngine, written: tv.Template, chat: bool, one_turn: bool, system: str | None
-) -> tv.PromptFormat:
-    """How prompts are written: by the template, or as conversations."""
-    if not chat:
-        return written
-    return tv.ChatTemplate.of(engine, system=system, layout="one turn" if one_turn else "turns", template=written)
+    @staticmethod
+    def of(example: str, separator: str, *, chat: bool, one_turn: bool, system: str | None) -> Wording:
+        """The options, checked.
+
+        Raises:
+            UsageError: options of conversations that would do nothing.
+        """
+        template = tv.Template(example, separator.replace(r"\n", "\n").replace(r"\t", "\t"))
+        check_chat(template, chat=chat, one_turn=one_turn, system=system)
+        return Wording(template, chat, one_turn, system)
+
+    def format(self, engine: tv.LocalEngine | None = None) -> tv.PromptFormat:
+        """The prompt format. Without a model it is the template, which shows mistakes before a model is loaded."""
+        if engine is None or not self.chat:
+            return self.template
+        layout: Any = "one turn" if self.one_turn else "turns"
+        return tv.ChatTemplate.of(engine, system=self.system, layout=layout, template=self.template)

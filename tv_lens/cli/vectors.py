@@ -13,7 +13,6 @@ from tv_lens.cli.app import app
 from tv_lens.cli.checks import (
     FileOptions,
     UsageError,
-    check_chat,
     check_model,
     check_vectors,
     check_writable,
@@ -21,7 +20,7 @@ from tv_lens.cli.checks import (
     chosen_task,
     with_rule,
 )
-from tv_lens.cli.loading import load_engine, method_of, prompt_format, template_of
+from tv_lens.cli.loading import Wording, load_engine, method_of
 from tv_lens.cli.options import (
     TEMPLATE,
     Across,
@@ -85,18 +84,14 @@ def extract(
     check_model(model, demo=demo, device=device, dtype=dtype)
     check_writable(to, (".safetensors",))
     chosen = chosen_task(task, FileOptions(input_column, output_column, under, header))
-    written = template_of(template, separator)
-    check_chat(written, chat=chat, one_turn=one_turn, system=system)
+    wording = Wording.of(template, separator, chat=chat, one_turn=one_turn, system=system)
     choice = None if method is None else chosen_method(method, across=across)
-    asked = chosen.sample(prompts, shots=shots, seed=seed, template=written)
+    asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format())
     if choice is None and not across:
         chosen.substitutes(asked, substitutes, seed=seed)
     made_by = method_of(choice, substitutes, across)
     engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
-    if chat:
-        asked = chosen.sample(
-            prompts, shots=shots, seed=seed, template=prompt_format(engine, written, chat, one_turn, system)
-        )
+    asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format(engine))
     vectors = made_by(engine, chosen, asked, seed)
     vectors.save(to)
     row = {
@@ -148,20 +143,18 @@ def sweep(
     [chosen] = with_rule([chosen_task(task, FileOptions(input_column, output_column, under, header))], rule)
     if vectors is not None:
         check_vectors(vectors)
-    written = template_of(template, separator)
-    check_chat(written, chat=chat, one_turn=one_turn, system=system)
+    wording = Wording.of(template, separator, chat=chat, one_turn=one_turn, system=system)
     if vectors is not None and method is not None:
         raise UsageError("--vectors are made already; leave --method out, or --vectors")
     choice = None if method is None else chosen_method(method, across=across)
-    asked = chosen.sample(prompts, shots=shots, seed=seed, template=written)
+    asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format())
     if vectors is None and choice is None and not across:
         chosen.substitutes(asked, substitutes, seed=seed)
     loaded = None if vectors is None else tv.TaskVectors.load(vectors)
     made_by = method_of(choice, substitutes, across)
     engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
-    format_ = prompt_format(engine, written, chat, one_turn, system)
-    if chat:
-        asked = chosen.sample(prompts, shots=shots, seed=seed, template=format_)
+    format_ = wording.format(engine)
+    asked = chosen.sample(prompts, shots=shots, seed=seed, template=format_)
     if loaded is None:
         loaded = made_by(engine, chosen, asked, seed)
     if first_token:
