@@ -127,7 +127,8 @@ def patch_generate(  # noqa: PLR0913 - its options are keywords
 
     Args:
         layer: the block whose output is written to: one for all prompts, one for each, or `layers(3, 7, 12)` for
-            several at once. Vectors that are meant for several layers (`usage.span`) are written up to the one given.
+            several at once. Vectors that are meant for several layers (`usage.span`) are written at all of them up to
+            the one given, or at all they have.
         how: `overwrite`, `add(strength, every_step=, keep_norm=)` or `rotate(strength)`; None writes the vectors the
             way they are meant.
         positions: where in the prompt: "last", "separators", "outputs", "query", "all", or negative numbers that count
