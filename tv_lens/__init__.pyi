@@ -33,9 +33,10 @@ from .evidence.conditions import (
     zero_shot,
 )
 from .evidence.controls import Control, OtherTask, RandomDirection, RandomHeads, ShuffledDemonstrations
-from .evidence.evaluation import conflict, evaluate, score, sweep_layers
+from .evidence.evaluation import conflict, evaluate, sweep_layers
 from .evidence.experiments import run_experiment
 from .evidence.results import Conflict, Evaluation, Experiment, Score, Sweep, TaskResult, mcnemar
+from .evidence.scoring import score
 from .evidence.settings import Settings
 from .generation import Completions, generate, greedy, patch_generate, patched_logits, sample
 from .geometry import Similarities, VectorMap, compare_tasks, map_vectors, pca, similarity, tsne

@@ -12,8 +12,8 @@ from tv_lens.display import figure, html_table
 from tv_lens.edits import Layers
 from tv_lens.engines import Model, engine_for
 from tv_lens.errors import TvLensError
-from tv_lens.evidence.evaluation import patched_scores, unpatched_score
 from tv_lens.evidence.results import Score, mcnemar
+from tv_lens.evidence.scoring import patched_scores, unpatched_score
 from tv_lens.patching import Placement
 from tv_lens.prompts import FreeText, Prompt, PromptFormat, check_prompts
 from tv_lens.shuffling import shuffle_outputs, without_demonstrations
