@@ -10,7 +10,7 @@ from tv_lens.engines import Engine, Model, engine_for
 from tv_lens.errors import TvLensError
 from tv_lens.evidence.controls import RandomDirection, ShuffledDemonstrations, Treatment, control_vectors
 from tv_lens.evidence.results import Conflict, Evaluation, Score, Sweep
-from tv_lens.generation import Answer, Completions, answer, check_new_tokens, encode
+from tv_lens.generation import Answer, Completions, Decided, answer, check_new_tokens, encode
 from tv_lens.methods.base import method_of
 from tv_lens.methods.extraction import Extraction
 from tv_lens.patching import Placement, check_type, check_vectors, edits_for
@@ -37,12 +37,17 @@ def score(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> Score:
 
 def _scored(task: Task, prompts: Sequence[Prompt], texts: Sequence[str], ids: Sequence[Sequence[int] | None]) -> Score:
     """The texts, with their token ids if these are known, judged by the task's rule."""
-    answers = tuple(task.answer(p.query) if p.answer is None else p.answer for p in prompts)
+    answers = _expected(task, prompts)
     judged = [
         task.right(text, each, own, query=prompt.query)
         for prompt, text, each, own in zip(prompts, texts, answers, ids, strict=True)
     ]
     return Score(tuple(texts), answers, tuple(judged))
+
+
+def _expected(task: Task, prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """Each prompt's answer, or the task's if the prompt holds none."""
+    return tuple(task.answer(p.query) if p.answer is None else p.answer for p in prompts)
 
 
 def sweep_layers(  # noqa: PLR0913 - its options are keywords
@@ -63,6 +68,9 @@ def sweep_layers(  # noqa: PLR0913 - its options are keywords
     The queries are run once, up to where the vectors are written; from there all layers continue side by side. The
     keywords are those of `patch_generate`.
 
+    An answer stops as soon as the task's rule has decided (see `Rule`), so the texts in the scores are beginnings of
+    what `patch_generate` returns. The verdicts are those on the whole answers.
+
     Raises:
         TvLensError: as `patch_generate`, or no layers, or one of them twice.
     """
@@ -71,7 +79,7 @@ def sweep_layers(  # noqa: PLR0913 - its options are keywords
     check_type(vectors)
     chosen = swept_layers(engine, layers, vectors.tried_layers)
     conditions = [(vectors, layer) for layer in chosen]
-    scores = patched_scores(engine, task, prompts, conditions, placement, max_new_tokens)
+    scores = decided_scores(engine, task, prompts, conditions, placement, max_new_tokens)
     return Sweep(tuple(chosen), tuple(scores), engine.n_layers)
 
 
@@ -197,13 +205,42 @@ def patched_scores(
     """The score of the patched answers under each condition, all of them side by side. Whether demonstrations are kept
     is decided by the first condition's vectors, everything else by each condition's own.
     """
+    return _patched_scores(engine, task, prompts, conditions, placement, max_new_tokens, None)
+
+
+def decided_scores(
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[Prompt],
+    conditions: Sequence[tuple[TaskVectors, int | Layers]],
+    placement: Placement,
+    max_new_tokens: int,
+) -> list[Score]:
+    """As `patched_scores`, with the same verdicts, but each answer stops as soon as the task's rule has decided."""
+    answers = _expected(task, prompts)
+
+    def decided(number: int, beginning: str) -> bool:
+        return task.decided(beginning, answers[number], query=prompts[number].query) is not None
+
+    return _patched_scores(engine, task, prompts, conditions, placement, max_new_tokens, decided)
+
+
+def _patched_scores(
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[Prompt],
+    conditions: Sequence[tuple[TaskVectors, int | Layers]],
+    placement: Placement,
+    max_new_tokens: int,
+    decided: Decided | None,
+) -> list[Score]:
     asked = placement.of(conditions[0][0]).prompts(prompts)
     for vectors in {id(each): each for each, _ in conditions}.values():  # a sweep has the same ones at every layer
         check_vectors(engine, vectors, len(asked))
     n_tokens = _tokens_for(engine, task, max_new_tokens)
     ids = encode(engine, asked, n_tokens)
     edits = [edits_for(engine, asked, ids, each, layer, placement.of(each)) for each, layer in conditions]
-    answers = answer(engine, asked, ids, edits, n_tokens)
+    answers = answer(engine, asked, ids, edits, n_tokens, decided=decided)
     return [_judged(task, prompts, each) for each in answers]
 
 
