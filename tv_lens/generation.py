@@ -24,6 +24,9 @@ from tv_lens.vectors import TaskVectors
 # draws uses the key, so that a row's draw does not depend on the rest of its batch.
 Sampler: TypeAlias = Callable[[Float[Tensor, "batch d_vocab"], Sequence[str]], Int[Tensor, " batch"]]
 
+# Whether a beginning of the answer to the prompt of this number says all that is asked of the answer.
+Decided: TypeAlias = Callable[[int, str], bool]
+
 
 def greedy(logits: Float[Tensor, "batch d_vocab"], keys: Sequence[str]) -> Int[Tensor, " batch"]:
     """The most likely token of each row."""
@@ -201,12 +204,13 @@ def check_new_tokens(engine: Engine, max_new_tokens: int) -> None:
 
 @dataclass
 class Answer:
-    """A row while it is being generated, and what it came to."""
+    """A row while it is being generated, and what it came to. With `decided` it also ends when that is true."""
 
     prompt: Prompt
     stop: Stop
     key: str
     number: int
+    decided: Decided | None = None
     ids: list[int] = field(default_factory=list)
     text: str = ""
     ended: bool = False
@@ -217,7 +221,12 @@ class Answer:
         at_special = token in self.stop.ids
         self.text = engine.text.decode(self.ids[:-1] if at_special else self.ids)
         at_text = self.stop.text is not None and self.stop.text in self.text
-        self.ended = at_special or at_text or token in engine.info.end_ids
+        at_end = at_special or at_text or token in engine.info.end_ids
+        self.ended = at_end or (self.decided is not None and self.decided(self.number, self._settled(engine)))
+
+    def _settled(self, engine: Engine) -> str:
+        """What of the answer no further token can change."""
+        return self.prompt.template.settled(engine.text.settled(self.ids))
 
     @property
     def answer(self) -> str:
@@ -233,9 +242,11 @@ def answer(
     max_new_tokens: int,
     sampler: Sampler = greedy,
     *,
+    decided: Decided | None = None,
     kept: Prefixes | None = None,
 ) -> list[list[Answer]]:
-    """The answers to every prompt under each of several conditions.
+    """The answers to every prompt under each of several conditions; with `decided`, each only as far as it takes for
+    `decided(prompt number, beginning)` to be true of a beginning that no further token can change.
 
     The prompts are run once, up to where the edits begin; from there all conditions continue in the same batches. With
     `kept` that beginning is kept for other calls with the same prompts.
@@ -247,7 +258,7 @@ def answer(
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
         numbers = [row // k for row in rows]
-        begun = [Answer(prompts[i], stops[prompts[i].template], keys[i], i) for i in numbers]
+        begun = [Answer(prompts[i], stops[prompts[i].template], keys[i], i, decided) for i in numbers]
         decode(engine, tokens, past, edits, begun, max_new_tokens, sampler)
         answers.update(zip(rows, begun, strict=True))
 

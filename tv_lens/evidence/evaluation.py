@@ -10,7 +10,7 @@ from tv_lens.engines import Engine, Model, engine_for
 from tv_lens.errors import TvLensError
 from tv_lens.evidence.controls import RandomDirection, ShuffledDemonstrations, Treatment, control_vectors
 from tv_lens.evidence.results import Conflict, Evaluation, Sweep
-from tv_lens.evidence.scoring import judged, patched_scores, tokens_for, unpatched_score
+from tv_lens.evidence.scoring import decided_scores, judged, patched_scores, tokens_for, unpatched_score
 from tv_lens.generation import answer, encode
 from tv_lens.methods.base import method_of
 from tv_lens.methods.extraction import Extraction
@@ -38,6 +38,9 @@ def sweep_layers(  # noqa: PLR0913 - its options are keywords
     The queries are run once, up to where the vectors are written; from there all layers continue side by side. The
     keywords are those of `patch_generate`.
 
+    An answer stops as soon as the task's rule has decided (see `Rule`), so the texts in the scores are beginnings of
+    what `patch_generate` returns. The verdicts are those on the whole answers.
+
     Raises:
         TvLensError: as `patch_generate`, or no layers, or one of them twice.
     """
@@ -46,7 +49,7 @@ def sweep_layers(  # noqa: PLR0913 - its options are keywords
     check_type(vectors)
     chosen = swept_layers(engine, layers, vectors.tried_layers)
     conditions = [(vectors, layer) for layer in chosen]
-    scores = patched_scores(engine, task, prompts, conditions, placement, max_new_tokens)
+    scores = decided_scores(engine, task, prompts, conditions, placement, max_new_tokens)
     return Sweep(tuple(chosen), tuple(scores), engine.n_layers)
 
 

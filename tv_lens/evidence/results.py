@@ -28,13 +28,22 @@ _UNPATCHED = ("zero-shot", "few-shot")
 
 @dataclass(frozen=True)
 class Score:
-    """Predictions beside the expected answers, and which of them the task accepts."""
+    """Predictions beside the expected answers, and which of them the task accepts.
+
+    If they were measured, `logprobs` are the log-probabilities of the expected answers, and `divergences` those of the
+    next token from few-shot, both in nats.
+    """
 
     texts: tuple[str, ...]
     answers: tuple[str, ...]
     correct: tuple[bool, ...]
+    logprobs: tuple[float, ...] | None = None
+    divergences: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        for measured in (self.logprobs, self.divergences):
+            if measured is not None and len(measured) != len(self.texts):
+                raise TvLensError(f"{len(measured)} measurements for {len(self.texts)} texts; there is one for each")
         if not len(self.texts) == len(self.answers) == len(self.correct) > 0:
             raise TvLensError(
                 f"a score has a text, an answer and a verdict for each prompt, not {len(self.texts)}, "
