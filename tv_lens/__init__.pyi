@@ -24,7 +24,6 @@ from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for
 from .errors import EngineError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
 from .evidence.conditions import (
     Condition,
-    Conditions,
     across_conditions,
     free_text,
     occurs,
@@ -35,7 +34,16 @@ from .evidence.conditions import (
 from .evidence.controls import Control, OtherTask, RandomDirection, RandomHeads, ShuffledDemonstrations
 from .evidence.evaluation import conflict, evaluate, sweep_layers
 from .evidence.experiments import run_experiment
-from .evidence.results import Conflict, Evaluation, Experiment, Score, Sweep, TaskResult, mcnemar
+from .evidence.results import (
+    Conditions,
+    Conflict,
+    Evaluation,
+    Experiment,
+    Score,
+    Sweep,
+    TaskResult,
+    mcnemar,
+)
 from .evidence.scoring import score
 from .evidence.settings import Settings
 from .generation import Completions, generate, greedy, patch_generate, patched_logits, sample

@@ -234,7 +234,7 @@ class Answer:
         return self.prompt.template.cut(self.text)
 
 
-def answer(
+def answer(  # noqa: PLR0913 - its options are keywords
     engine: Engine,
     prompts: Sequence[Prompt],
     ids: Sequence[Sequence[int]],

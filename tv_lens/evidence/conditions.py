@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from tv_lens.display import figure, html_table
 from tv_lens.edits import Layers
 from tv_lens.engines import Model, engine_for
 from tv_lens.errors import TvLensError
-from tv_lens.evidence.results import Score, mcnemar
+from tv_lens.evidence.results import PLAIN, Conditions, Score
 from tv_lens.evidence.scoring import patched_scores, unpatched_score
 from tv_lens.patching import Placement
 from tv_lens.prompts import FreeText, Prompt, PromptFormat, check_prompts
@@ -21,11 +20,7 @@ from tv_lens.tasks import Rule, Task, starts_with
 from tv_lens.vectors import TaskVectors
 
 if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-
-# The name of the run without a vector.
-PLAIN = "no vector"
+    pass
 
 # Vectors, and the layer or layers that they are written to.
 Placed: TypeAlias = tuple[TaskVectors, int | Layers]
@@ -88,51 +83,6 @@ def occurs(prediction: str, answer: str) -> bool:
 
 def _begins_word(text: str, i: int) -> bool:
     return i == 0 or text[i - 1].isspace() or starts_with(text[i - 1 :], text[i - 1])
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Scores by condition, and in each by the vector that was written, "no vector" first."""
-
-    scores: Mapping[str, Mapping[str, Score]]
-
-    def __post_init__(self) -> None:
-        named = [list(scores) for scores in self.scores.values()]
-        if not named or any(names != named[0] or names[0] != PLAIN for names in named):
-            raise TvLensError(f"conditions {list(self.scores)} need the same vectors each, {PLAIN!r} first")
-
-    @property
-    def vectors(self) -> tuple[str, ...]:
-        """The names of the vectors, "no vector" first."""
-        return tuple(next(iter(self.scores.values())))
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row for each condition and vector: n, accuracy with its 95% interval (low, high), and p_value, McNemar's
-        exact test against the same condition without a vector.
-        """
-        import pandas as pd
-
-        rows = [
-            {
-                "condition": condition,
-                "vector": name,
-                "n": len(score.correct),
-                "accuracy": score.accuracy,
-                "low": score.interval[0],
-                "high": score.interval[1],
-                "p_value": None if name == PLAIN else mcnemar(score, scores[PLAIN]),
-            }
-            for condition, scores in self.scores.items()
-            for name, score in scores.items()
-        ]
-        return pd.DataFrame(rows).astype({"p_value": "Float64"})
-
-    def plot(self) -> go.Figure:
-        """Accuracy by condition and vector, with intervals."""
-        return figure(self)
-
-    def _repr_html_(self) -> str:
-        return html_table(self.to_pandas(), f"p: against {PLAIN!r}, McNemar's exact test", {"p_value": "{:.1g}"})
 
 
 def across_conditions(
