@@ -52,14 +52,21 @@ class _Row:
         return wanted.site in self.sites and (wanted.target is None or wanted.target in self.targets)
 
 
-@dataclass(eq=False)
-class Reads:
-    """Rows that have been read. `positions` and `seconds` are what the rows that were used have cost: a row that
-    several methods use is charged to each of them.
+@dataclass
+class Charge:
+    """What the rows that were used have cost, less what was run for them: added to what a method ran by itself, this
+    charges a row to every method that uses it, and to no other.
     """
 
     positions: float = 0.0
     seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class Reads:
+    """Rows that have been read, and what they cost."""
+
+    charge: Charge = field(default_factory=Charge)
     _rows: dict[Ids, _Row] = field(default_factory=dict)
 
     def missing(self, wanted: Sequence[Wanted]) -> list[Wanted]:
@@ -101,6 +108,8 @@ class Reads:
         map_rows(engine, rows, work)
         total = sum(map(len, flat))
         positions, seconds = engine.positions_run - before, time.perf_counter() - started
+        self.charge.positions -= positions
+        self.charge.seconds -= seconds
         for ids in flat:
             self._rows[ids].positions += positions * len(ids) / total
             self._rows[ids].seconds += seconds * len(ids) / total
@@ -109,8 +118,8 @@ class Reads:
         """What has been read of these rows, in order."""
         rows = [self._rows[each.ids] for each in wanted]
         for row in {id(each): each for each in rows}.values():
-            self.positions += row.positions
-            self.seconds += row.seconds
+            self.charge.positions += row.positions
+            self.charge.seconds += row.seconds
         values = torch.stack([row.sites[each.site] for row, each in zip(rows, wanted, strict=True)])
         judged = [row.targets[each.target] for row, each in zip(rows, wanted, strict=True) if each.target is not None]
         if len(judged) < len(wanted):

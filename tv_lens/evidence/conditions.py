@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from tv_lens.edits import Layers
-from tv_lens.engines import Model, engine_for
+from tv_lens.engines import Engine, Model, Prefixes, engine_for
 from tv_lens.errors import TvLensError
 from tv_lens.evidence.results import PLAIN, Conditions, Score
 from tv_lens.evidence.scoring import patched_scores, unpatched_score
@@ -109,13 +109,30 @@ def across_conditions(
         raise TvLensError(f"conditions are {names}, vectors {list(vectors)}; give different names, none {PLAIN!r}")
     scores: dict[str, dict[str, Score]] = {}
     for condition in conditions:
-        asked, judged = condition.prompts(prompts, seed), condition.task(task)
-        scores[condition.name] = {PLAIN: unpatched_score(engine, judged, asked, max_new_tokens)}
-        for name, placed in vectors.items():
-            meant = placed[0].write
-            every_step = meant.every_step or (condition.every_step and meant.op != "set")
-            write = replace(meant, every_step=every_step)
-            placement = Placement(write, keep_demonstrations=True)
-            [scored] = patched_scores(engine, judged, asked, [placed], placement, max_new_tokens)
-            scores[condition.name][name] = scored
+        asked = condition.prompts(prompts, seed)
+        scores[condition.name] = {
+            name: condition_score(engine, task, asked, condition, placed, max_new_tokens)
+            for name, placed in {PLAIN: None, **vectors}.items()
+        }
     return Conditions(scores)
+
+
+def condition_score(
+    engine: Engine,
+    task: Task,
+    asked: Sequence[Prompt],
+    condition: Condition,
+    placed: Placed | None,
+    max_new_tokens: int,
+    *,
+    kept: Prefixes | None = None,
+) -> Score:
+    """The score of the answers to prompts that the condition has made, with vectors or without."""
+    judged = condition.task(task)
+    if placed is None:
+        return unpatched_score(engine, judged, asked, max_new_tokens, kept=kept)
+    meant = placed[0].write
+    every_step = meant.every_step or (condition.every_step and meant.op != "set")
+    placement = Placement(replace(meant, every_step=every_step), keep_demonstrations=True)
+    [scored] = patched_scores(engine, judged, asked, [placed], placement, max_new_tokens, kept=kept)
+    return scored

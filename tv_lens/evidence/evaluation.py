@@ -8,9 +8,10 @@ from dataclasses import replace
 from tv_lens.edits import RESID_POST, Edits, Layers, Positions, Usage, Write
 from tv_lens.engines import Engine, Model, engine_for
 from tv_lens.errors import TvLensError
-from tv_lens.evidence.controls import RandomDirection, ShuffledDemonstrations, Treatment, control_vectors
-from tv_lens.evidence.results import Conflict, Evaluation, Sweep
+from tv_lens.evidence.controls import RandomDirection, ShuffledDemonstrations, Treatment, control_vectors, rows_of
+from tv_lens.evidence.results import Choice, Conflict, Evaluation, Sweep
 from tv_lens.evidence.scoring import decided_scores, judged, patched_scores, tokens_for, unpatched_score
+from tv_lens.evidence.tuning import tune
 from tv_lens.generation import answer, encode
 from tv_lens.methods.base import method_of
 from tv_lens.methods.extraction import Extraction
@@ -75,14 +76,19 @@ def evaluate(  # noqa: PLR0913 - its options are keywords
     max_new_tokens: int = 8,
     controls: Mapping[str, TaskVectors] | None = None,
     seed: int = 0,
+    dev: Sequence[Prompt] | None = None,
 ) -> Evaluation:
     """How well the queries of few-shot `prompts` are answered zero-shot, few-shot, and with `vectors` written in at
     `layer`. Use prompts that had no part in extracting the vectors or in choosing the layer.
 
-    Controls at the same layer: `random`, for each prompt another random direction as long as the vector; `shuffled`,
-    the vector that the same method makes of these prompts with their demonstrations' outputs permuted (if they have two
-    or more; not for a method that learns from answers, which would be trained on test prompts); and what `controls`
-    names, such as the vectors of another task. The other keywords are those of `patch_generate`.
+    Controls: `random`, for each prompt another random direction as long as the vector; `shuffled`, the vector that the
+    same method makes of the same prompts with their demonstrations' outputs permuted; and what `controls` names, such
+    as the vectors of another task. The other keywords are those of `patch_generate`.
+
+    `dev` are the prompts that the vectors were made from and that chose `layer`. Pass them to give the controls the
+    same chance, as `run_experiment` does: `shuffled` is made from them, and each control chooses its own layer on them.
+    Without `dev`, `shuffled` is made from `prompts`, and all controls are written at `layer`. There is then no
+    `shuffled` for a method that learns from answers, which would be trained on test prompts.
 
     Raises:
         TvLensError: as `patch_generate`, prompts without demonstrations, or a control named like a condition.
@@ -92,48 +98,86 @@ def evaluate(  # noqa: PLR0913 - its options are keywords
     taken = {"zero-shot", "few-shot", "patched"} & set(controls or ())
     if taken:
         raise TvLensError(f"controls are named {sorted(taken)}, which are conditions already; name them otherwise")
-    known = method_of(vectors)
-    method = known or Extraction(substitutes=1)
-    written = _written_layers(vectors, layer)
-    layers = (written,) if isinstance(written, int) else written
-    treatment = Treatment(engine, task, prompts, vectors, method, seed, len(prompts), layers=layers)
-    given = controls or {}
-    # Of vectors that were made in another way there is a control only if extracted ones are written as they are.
-    like_extracted = (vectors.site, vectors.op, vectors.usage) == (RESID_POST, "set", Usage())
-    shuffled = [] if method.uses_answers or not (known or like_extracted) else [ShuffledDemonstrations()]
-    before = {} if "random" in given else control_vectors([RandomDirection()], treatment)
-    after = {} if "shuffled" in given else control_vectors(shuffled, treatment)
-    compared = {**before, **given, **after}
-    return evaluate_with(engine, task, prompts, {"patched": vectors, **compared}, layer, placement, max_new_tokens)
-
-
-def evaluate_with(
-    engine: Engine,
-    task: Task,
-    prompts: Sequence[Prompt],
-    vectors: Mapping[str, TaskVectors],
-    layer: int | Layers,
-    placement: Placement,
-    max_new_tokens: int,
-) -> Evaluation:
-    """The evaluation of "patched" with exactly the controls that `vectors` names; the arguments are checked."""
+    if dev is not None:
+        check_prompts(dev)
+        for name, each in {"patched": vectors, **(controls or {})}.items():
+            if len(each) > 1 and not each.usage.per_position:
+                raise TvLensError(
+                    f"{len(each)} vectors are given for {name!r}, and controls choose their layers on other prompts; "
+                    "give one for all prompts, vectors.mean(), or leave dev out"
+                )
+    treatment = _treatment(engine, task, prompts, vectors, layer, seed, dev)
+    made = _control_vectors(treatment, controls or {}, chooses=dev is not None)
+    chosen: dict[str, int | Layers] = dict.fromkeys(made, layer)
+    if dev is not None and isinstance(layer, int):
+        tuned = tune(
+            engine,
+            task,
+            dev,
+            {name: rows_of(each, slice(len(dev))) for name, each in made.items()},
+            layers=None,
+            strengths=(1.0,),
+            max_new_tokens=max_new_tokens,
+            placement=placement,
+            preferred=Choice(layer),
+        )
+        chosen |= {name: each.choice.layer for name, each in tuned.items()}
+    first = 0 if dev is None else len(dev)
+    tested = {"patched": vectors, **{name: rows_of(each, slice(first, None)) for name, each in made.items()}}
+    conditions = [(each, chosen.get(name, layer)) for name, each in tested.items()]
     few_shot = unpatched_score(engine, task, prompts, max_new_tokens)
     zero_shot = unpatched_score(engine, task, [prompt.zero_shot() for prompt in prompts], max_new_tokens)
-    conditions = [(each, layer) for each in vectors.values()]
     scores = patched_scores(engine, task, prompts, conditions, placement, max_new_tokens)
-    controls = dict(zip(vectors, scores, strict=True))
-    patched = controls.pop("patched")
     return Evaluation(
-        _written_layers(vectors["patched"], layer),
+        written_layers(vectors, layer),
         zero_shot=zero_shot,
         few_shot=few_shot,
-        patched=patched,
-        controls=controls,
+        patched=scores[0],
+        controls=dict(zip(made, scores[1:], strict=True)),
         n_layers=engine.n_layers,
+        control_layers={name: written_layers(tested[name], where) for name, where in chosen.items()},
     )
 
 
-def _written_layers(vectors: TaskVectors, layer: int | Layers) -> int | tuple[int, ...]:
+def _treatment(
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[Prompt],
+    vectors: TaskVectors,
+    layer: int | Layers,
+    seed: int,
+    dev: Sequence[Prompt] | None,
+) -> Treatment:
+    written = written_layers(vectors, layer)
+    layers = (written,) if isinstance(written, int) else written
+    return Treatment(
+        engine=engine,
+        task=task,
+        prompts=prompts if dev is None else dev,
+        vectors=vectors,
+        method=method_of(vectors) or Extraction(substitutes=1),
+        seed=seed,
+        n=len(prompts) + len(dev or ()),
+        layers=layers if dev is None else (),
+    )
+
+
+def _control_vectors(
+    treatment: Treatment, given: Mapping[str, TaskVectors], *, chooses: bool
+) -> dict[str, TaskVectors]:
+    """The vectors of the controls: if they choose their layers, for the dev prompts and then for the others."""
+    vectors = treatment.vectors
+    # Of vectors that were made in another way there is a control only if extracted ones are written as they are.
+    like_extracted = (vectors.site, vectors.op, vectors.usage) == (RESID_POST, "set", Usage())
+    known = method_of(vectors) is not None or like_extracted
+    possible = known and (chooses or not treatment.method.uses_answers)
+    before = {} if "random" in given else control_vectors([RandomDirection()], treatment)
+    after = {} if "shuffled" in given or not possible else control_vectors([ShuffledDemonstrations()], treatment)
+    return {**before, **given, **after}
+
+
+def written_layers(vectors: TaskVectors, layer: int | Layers) -> int | tuple[int, ...]:
+    """The layer or layers that are written to if `layer` is named."""
     written = vectors.written_with(layer) if isinstance(layer, int) else layer.numbers
     return written[0] if isinstance(layer, int) and len(written) == 1 else written
 
@@ -196,7 +240,7 @@ def conflict(  # noqa: PLR0913 - its options are keywords
     return Conflict(
         task.name,
         rival.name,
-        _written_layers(vectors, layer),
+        written_layers(vectors, layer),
         plain_task=judged(task, prompts, plain),
         plain_rival=judged(rival, as_rival, plain),
         patched_task=judged(task, prompts, patched),

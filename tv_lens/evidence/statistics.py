@@ -1,8 +1,8 @@
 """Intervals and tests for comparisons of conditions on the same queries, with one seed or several.
 
 For one seed an interval is about queries drawn from the task's list, given this seed's demonstrations, vector and
-layer, and this model. For several seeds it is about the mean over all seeds that could have been drawn, and all queries. It
-is the wider of two: Student's t over the seeds' means, and the interval over queries with these seeds.
+layer, and this model. For several seeds it is about the mean over all seeds that could have been drawn, and all
+queries. It is the wider of two: Student's t over the seeds' means, and the interval over queries with these seeds.
 
 Layer and strength are chosen on dev prompts that share no input with the test prompts. No interval includes the
 uncertainty of that choice: it is about the layer that was chosen, and valid for it. See docs/statistics.md.
