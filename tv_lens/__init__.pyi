@@ -22,6 +22,8 @@ from .edits import (
 )
 from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for
 from .errors import EngineError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
+from .evidence.comparing import compare
+from .evidence.comparisons import Comparison
 from .evidence.conditions import (
     Condition,
     across_conditions,
@@ -35,8 +37,10 @@ from .evidence.controls import Control, OtherTask, RandomDirection, RandomHeads,
 from .evidence.evaluation import conflict, evaluate, sweep_layers
 from .evidence.experiments import run_experiment
 from .evidence.results import (
+    Choice,
     Conditions,
     Conflict,
+    Cost,
     Evaluation,
     Experiment,
     Score,
@@ -79,12 +83,15 @@ __all__ = [
     "RESID_POST",
     "AcrossPrompts",
     "ChatTemplate",
+    "Choice",
+    "Comparison",
     "Completions",
     "Condition",
     "Conditions",
     "Conflict",
     "ContrastivePairs",
     "Control",
+    "Cost",
     "DemoModelError",
     "DistilledVector",
     "Edit",
@@ -146,6 +153,7 @@ __all__ = [
     "across_tasks",
     "add",
     "answer_logprobs",
+    "compare",
     "compare_tasks",
     "conflict",
     "contrastive_library",
