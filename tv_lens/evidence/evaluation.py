@@ -136,6 +136,7 @@ def evaluate(  # noqa: PLR0913 - its options are keywords
         controls=dict(zip(made, scores[1:], strict=True)),
         n_layers=engine.n_layers,
         control_layers={name: written_layers(tested[name], where) for name, where in chosen.items()},
+        control_strengths=dict.fromkeys(chosen, 1.0),
     )
 
 
