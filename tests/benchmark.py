@@ -5,9 +5,9 @@ python tests/benchmark.py [--model NAME] [--prompts 20] [--shots 5] [--substitut
 The *loop* runs whole prompts, left padded with a mask: `run_with_cache` to read everything, `run_with_hooks` once per
 layer to sweep, and the whole text again for each new token. The *floor* is plain Hugging Face on only the positions
 that the work needs, with only the last position's logits. All three take turns in one process and must agree: reads to
-1e-4 of their size, answers exactly. Effects of heads are in `benchmark_heads.py`. Seconds are medians (in the growth
-table the faster of two runs). Memory is the peak of tensors beyond what was allocated before, in a separate run. Times
-depend on the machine; only ratios matter.
+1e-4 of their size, answers and verdicts exactly. Effects of heads are in `benchmark_heads.py`. Seconds are medians (in
+the growth table the faster of two runs). Memory is the peak of tensors beyond what was allocated before, in a separate
+run. Times depend on the machine; only ratios matter.
 """
 
 from __future__ import annotations
@@ -202,6 +202,24 @@ def sweep(bench: Bench, vectors: tv.TaskVectors) -> list[Way]:
     ]
 
 
+def sweep_of_answers(bench: Bench, vectors: tv.TaskVectors) -> list[Way]:
+    """The verdicts on answers of several tokens, which tv_lens stops when the rule has decided."""
+
+    def ours() -> list[tuple[bool, ...]]:
+        actual = tv.sweep_layers(bench.engine, bench.task, bench.prompts, vectors, bench.layers, max_new_tokens=NEW)
+        return [score.correct for score in actual.scores]
+
+    def loop() -> list[tuple[bool, ...]]:
+        swept = loop_sweep(bench, vectors.values, NEW)
+        return [tv.score(bench.task, bench.prompts, texts).correct for texts in swept]
+
+    return [
+        Way("tv_lens", ours),
+        Way("loop", loop),
+        Way("floor", lambda: floor_answers(bench, NEW, len(bench.layers))),
+    ]
+
+
 def generation(bench: Bench, vectors: tv.TaskVectors, layer: int) -> list[Way]:
     return [
         Way(
@@ -216,12 +234,13 @@ def generation(bench: Bench, vectors: tv.TaskVectors, layer: int) -> list[Way]:
 def experiment(bench: Bench, n: int, shots: int) -> list[Way]:
     """One task, whole: extraction, shuffled extraction, sweep, zero-shot, few-shot, patched and two controls."""
 
-    def ours() -> list[list[str]]:
+    def ours() -> tuple[list[tuple[bool, ...]], list[list[str]]]:
         [actual] = tv.run_experiment(bench.engine, [bench.task], shots=shots, n_dev=n, n_test=n).results
         test = actual.evaluation
-        return [list(score.texts) for score in (*actual.sweep.scores, test.zero_shot, test.few_shot, test.patched)]
+        answers = [list(score.texts) for score in (test.zero_shot, test.few_shot, test.patched)]
+        return [score.correct for score in actual.sweep.scores], answers
 
-    def loop() -> list[list[str]]:
+    def loop() -> tuple[list[tuple[bool, ...]], list[list[str]]]:
         dev, test = bench.task.split(0.5, seed=0)
         asked = dev.sample(n, shots=shots, seed=0, template=tv.PAPER)
         tested = test.sample(n, shots=shots, seed=0, template=tv.PAPER)
@@ -232,13 +251,14 @@ def experiment(bench: Bench, n: int, shots: int) -> list[Way]:
             read = loop_extract(bench, [[p.asking(query).text for query in chosen] for p, chosen in pairs])
             vectors.append(read.mean(0, keepdim=True))
         swept = loop_sweep(bench, vectors[0], NEW, dev_queries)
-        best = tv.Sweep(tuple(bench.layers), tuple(tv.score(dev, asked, texts) for texts in swept)).best
+        scores = tuple(tv.score(dev, asked, texts) for texts in swept)
+        best = tv.Sweep(tuple(bench.layers), scores).best
         few, zero = loop_answers(bench, [p.text for p in tested], NEW), loop_answers(bench, queries, NEW)
         noise = torch.randn(n, vectors[0].shape[-1])
         patched, *_ = [
             loop_answers(bench, queries, NEW, best, each) for each in (*(v[:, best] for v in vectors), noise)
         ]
-        return [*swept, zero, few, patched]
+        return [score.correct for score in scores], [zero, few, patched]
 
     return [Way("tv_lens", ours), Way("loop", loop)]
 
@@ -368,6 +388,7 @@ def main() -> None:
     if not options.only_effects:
         compare(f"extraction, {options.substitutes} substitutes", bench, extraction(bench), options.runs)
         compare(f"sweep, {len(bench.layers)} layers, first token", bench, sweep(bench, vectors), options.runs)
+        compare(f"sweep, {len(bench.layers)} layers, {NEW} tokens", bench, sweep_of_answers(bench, vectors), 1)
         compare(f"patched generation, {NEW} tokens", bench, generation(bench, vectors, middle), options.runs)
         compare("run_experiment, one task, 10 dev and 10 test prompts", bench, experiment(bench, 10, options.shots), 1)
     ten_shots = task.sample(options.effect_prompts, shots=10, seed=0, template=tv.PAPER)

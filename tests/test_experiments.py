@@ -25,17 +25,19 @@ TASK = Task("upper", ("a", "bb", "cold", "dog", "quick brown", "fox", "wet", "x"
 
 
 def test_a_sweep_equals_patching_layer_by_layer(twins: Twins) -> None:
+    """For a rule that sees whole answers; `test_deciding.py` is about the others."""
+    task = replace(TASK, accepts=tv.Rule("whole answers", tv.starts_with))
     prompts = TASK.sample(5, shots=2, seed=0)
     vectors = tv.extract(twins.bridge, prompts, TASK.substitutes(prompts, 2, seed=0))
     scaled = replace(vectors, values=vectors.values * torch.linspace(0.5, 4, 5)[:, None, None])
     for engine in (tv.LocalEngine(twins.bridge), tv.LocalEngine(twins.bridge, prepend_bos=False, batch_size=3)):
         for each in (scaled, scaled.mean()):
-            sweep = tv.sweep_layers(engine, TASK, prompts, each, max_new_tokens=4)
+            sweep = tv.sweep_layers(engine, task, prompts, each, max_new_tokens=4)
             assert sweep.layers == (0, 1, 2, 3)
             for layer in sweep.layers:
                 alone = tv.patch_generate(engine, prompts, each, layer, max_new_tokens=4)
                 assert sweep.at(layer).texts == alone.texts
-    some = tv.sweep_layers(engine, TASK, prompts, scaled, [3, 1], max_new_tokens=4)
+    some = tv.sweep_layers(engine, task, prompts, scaled, [3, 1], max_new_tokens=4)
     alone = tv.patch_generate(engine, prompts, scaled, 3, max_new_tokens=4)
     assert (some.layers, some.scores[0].texts) == ((3, 1), alone.texts)
 

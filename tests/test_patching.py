@@ -153,7 +153,8 @@ def test_every_kind_of_position_is_plain_hooks_there(twins: Twins, positions: ob
 @pytest.mark.parametrize("positions", ["query", "separators", [-2, -1]])
 def test_a_sweep_at_several_positions_is_layer_by_layer(twins: Twins, positions: object) -> None:
     """Prefixes are shared only up to the first of the positions."""
-    task = tv.Task("upper", ("a b", "bb c", "cold d", "dog e", "quick brown"), str.upper)
+    whole_answers = tv.Rule("whole answers", tv.starts_with)
+    task = tv.Task("upper", ("a b", "bb c", "cold d", "dog e", "quick brown"), str.upper, whole_answers)
     prompts = task.sample(4, shots=2, seed=0, template=NEVER)
     vectors = vectors_for(twins, 4)
     keywords: dict[str, Any] = {"how": tv.add(2.0), "positions": positions, "max_new_tokens": 3}

@@ -204,7 +204,9 @@ def check_new_tokens(engine: Engine, max_new_tokens: int) -> None:
 
 @dataclass
 class Answer:
-    """A row while it is being generated, and what it came to. With `decided` it also ends when that is true."""
+    """A row while it is being generated, and what it came to. If `decided` is true of a beginning that no further
+    token can change, the row ends, and this beginning is its answer.
+    """
 
     prompt: Prompt
     stop: Stop
@@ -214,6 +216,7 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     ended: bool = False
+    beginning: str | None = None
 
     def append(self, engine: Engine, token: int) -> None:
         """Add the next token, and see whether it ends the answer."""
@@ -221,17 +224,16 @@ class Answer:
         at_special = token in self.stop.ids
         self.text = engine.text.decode(self.ids[:-1] if at_special else self.ids)
         at_text = self.stop.text is not None and self.stop.text in self.text
-        at_end = at_special or at_text or token in engine.info.end_ids
-        self.ended = at_end or (self.decided is not None and self.decided(self.number, self._settled(engine)))
-
-    def _settled(self, engine: Engine) -> str:
-        """What of the answer no further token can change."""
-        return self.prompt.template.settled(engine.text.settled(self.ids))
+        self.ended = at_special or at_text or token in engine.info.end_ids
+        if not self.ended and self.decided is not None:
+            beginning = self.prompt.template.settled(engine.text.settled(self.ids))
+            if self.decided(self.number, beginning):
+                self.beginning, self.ended = beginning, True
 
     @property
     def answer(self) -> str:
         """The answer, cut out of the text."""
-        return self.prompt.template.cut(self.text)
+        return self.prompt.template.cut(self.text) if self.beginning is None else self.beginning
 
 
 def answer(  # noqa: PLR0913 - its options are keywords
@@ -245,8 +247,8 @@ def answer(  # noqa: PLR0913 - its options are keywords
     decided: Decided | None = None,
     kept: Prefixes | None = None,
 ) -> list[list[Answer]]:
-    """The answers to every prompt under each of several conditions; with `decided`, each only as far as it takes for
-    `decided(prompt number, beginning)` to be true of a beginning that no further token can change.
+    """The answers to every prompt under each of several conditions. With `decided`, an answer stops as soon as
+    `decided(prompt number, beginning)` is true of a beginning that no further token can change.
 
     The prompts are run once, up to where the edits begin; from there all conditions continue in the same batches. With
     `kept` that beginning is kept for other calls with the same prompts.

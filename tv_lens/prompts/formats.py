@@ -61,6 +61,8 @@ class PromptFormat(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "cut" in vars(cls) and "settled" not in vars(cls):
+            cls.settled = PromptFormat.settled  # type: ignore[method-assign]  # the inherited one is for another `cut`
         _FORMATS[cls.__name__] = cls
 
     @abstractmethod
