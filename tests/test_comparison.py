@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 from models import Twins
 from results import make_settings, score_of
 
@@ -28,7 +27,14 @@ def odd(prediction: str, answer: str) -> bool:
 WORDS = tv.Task("upper", tuple(f"{a}{b}" for a in "abcdefgh" for b in "uvwx"), str.upper, odd, category="letters")
 OTHER = replace(WORDS, name="double", answer=lambda text: text * 2, category="words")
 METHODS = (tv.Extraction(), tv.MeanState(), tv.SeparatorVectors())
-SMALL: dict[str, Any] = {"shots": 2, "n_train": 5, "n_dev": 4, "n_test": 6, "max_new_tokens": 3, "strengths": (1.0, 3.0)}
+SMALL: dict[str, Any] = {
+    "shots": 2,
+    "n_train": 5,
+    "n_dev": 4,
+    "n_test": 6,
+    "max_new_tokens": 3,
+    "strengths": (1.0, 3.0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +122,12 @@ def test_conditions_ask_the_test_queries_in_other_ways(llama: Twins, comparison:
         llama.bridge,
         WORDS,
         test,
-        {"patched": (replace(vector, usage=replace(vector.usage, strength=result.evaluation.strength)), result.evaluation.layer)},
+        {
+            "patched": (
+                replace(vector, usage=replace(vector.usage, strength=result.evaluation.strength)),
+                result.evaluation.layer,
+            )
+        },
         conditions=[tv.shuffled_few_shot],
         max_new_tokens=3,
     )
@@ -220,9 +231,7 @@ def made_comparison(*seeds: dict[tuple[str, str], tuple[Score, dict[str, Score]]
 def test_estimates_by_hand() -> None:
     """One seed. Method b gets 8 of 10 right and a 2, all of them among b's: 6 discordant pairs, all for b."""
     controls = {"random": answers(), "shuffled": answers(0, 1, 2)}
-    actual = made_comparison(
-        {("t", "a"): (answers(0, 1), controls), ("t", "b"): (answers(*range(8)), controls)}
-    )
+    actual = made_comparison({("t", "a"): (answers(0, 1), controls), ("t", "b"): (answers(*range(8)), controls)})
     a, b = actual.estimates().to_dict("records")
     assert (a["accuracy"], b["accuracy"], a["few_shot"], a["zero_shot"]) == (0.2, 0.8, 0.8, 0)
     assert b["difference"] == pytest.approx(0.6)
@@ -316,9 +325,7 @@ def test_what_overwrites_has_no_strength_and_what_is_added_has_all(llama: Twins)
     prompts = WORDS.sample(4, shots=2, seed=0)
     states = tv.MeanState()(engine, WORDS, prompts, 0).mean()
     for vectors, strengths in ((states, (1.0, 3.0)), (replace(states, op="set"), (1.0,))):
-        tuned = tune(
-            engine, WORDS, prompts, {"v": vectors}, layers=[1, 2], strengths=(1.0, 3.0), max_new_tokens=2
-        )
+        tuned = tune(engine, WORDS, prompts, {"v": vectors}, layers=[1, 2], strengths=(1.0, 3.0), max_new_tokens=2)
         assert tuple(sweep.strength for sweep in tuned["v"].sweeps) == strengths
         assert all(sweep.layers == (1, 2) for sweep in tuned["v"].sweeps)
 
@@ -358,13 +365,11 @@ def test_an_evaluation_with_dev_prompts_wants_one_vector(llama: Twins) -> None:
 
 def test_a_strength_multiplies_what_is_written(llama: Twins) -> None:
     options: dict[str, Any] = {"shots": 2, "n_dev": 4, "n_test": 4, "max_new_tokens": 3, "layers": [1]}
-    [result] = tv.run_experiment(
-        llama.bridge, [WORDS], methods=[tv.MeanState()], strengths=[4.0], **options
-    ).results
+    [result] = tv.run_experiment(llama.bridge, [WORDS], methods=[tv.MeanState()], strengths=[4.0], **options).results
     dev, test = WORDS.split(0.5, seed=0)
     vector = tv.MeanState()(tv.LocalEngine(llama.bridge), dev, dev.sample(4, shots=2, seed=0), 0).mean()
     asked = test.sample(4, shots=2, seed=0)
     texts = tv.patch_generate(llama.bridge, asked, vector, 1, how=tv.add(4.0), max_new_tokens=3).texts
     assert result.evaluation.patched.texts == texts
     assert result.evaluation.strength == 4
-    assert torch.equal(torch.tensor(result.evaluation.to_pandas()["strength"].dropna().tolist()).unique(), torch.tensor([4.0]))
+    assert set(result.evaluation.to_pandas()["strength"].dropna()) == {4.0}

@@ -12,7 +12,7 @@ from tv_lens.evidence.conditions import Condition, other_template, shuffled_few_
 from tv_lens.evidence.controls import CONTROLS, Control
 from tv_lens.evidence.experiments import Design, run_design
 from tv_lens.evidence.tuning import check_strengths
-from tv_lens.methods.base import Method
+from tv_lens.methods.base import Methods, named_methods
 from tv_lens.prompts import PAPER, PromptFormat, Template
 from tv_lens.tasks import Task
 
@@ -23,7 +23,7 @@ _QUESTION = Template("Q: {input}\nA: {output}", separator="\n\n")
 def compare(  # noqa: PLR0913 - its options are keywords
     model: Model,
     tasks: Sequence[Task],
-    methods: Sequence[Method],
+    methods: Methods,
     *,
     shots: int = 5,
     n_train: int = 25,
@@ -39,7 +39,7 @@ def compare(  # noqa: PLR0913 - its options are keywords
     folder: str | Path | None = None,
 ) -> Comparison:
     """Compare how well the vectors of several methods carry tasks. The first method is the one that the others are
-    compared with.
+    compared with. `methods` is a list, or a dictionary with names for them, if two are of one kind.
 
     For each task and seed, all methods get the same prompts: `n_train` to make vectors from, `n_dev` to choose a layer
     and a strength on, and `n_test` that are used once. The queries of the three are different; demonstrations of train
@@ -58,7 +58,7 @@ def compare(  # noqa: PLR0913 - its options are keywords
     Raises:
         TvLensError: no seeds or one twice, or as `run_experiment`.
     """
-    engine = engine_for(model)
+    engine, named = engine_for(model), named_methods(methods)
     if not seeds or len({int(seed) for seed in seeds}) < len(seeds):
         raise TvLensError(f"seeds are {seeds!r}; give at least one, each of them once")
     if conditions is None:
@@ -70,7 +70,7 @@ def compare(  # noqa: PLR0913 - its options are keywords
             n_dev=n_dev,
             n_test=n_test,
             seed=int(seed),
-            methods=methods,
+            methods=named,
             controls=controls,
             conditions=conditions if shots > 1 else [each for each in conditions if each is not shuffled_few_shot],
             template=template,

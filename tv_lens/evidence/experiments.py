@@ -30,7 +30,7 @@ from tv_lens.evidence.scoring import (
 from tv_lens.evidence.settings import Settings
 from tv_lens.evidence.tuning import Tuned, at_strength, check_strengths, tune
 from tv_lens.generation import check_new_tokens, encode
-from tv_lens.methods.base import Method, check_methods
+from tv_lens.methods.base import Method, Methods, named_methods, settings_of
 from tv_lens.methods.extraction import AcrossPrompts, Extraction
 from tv_lens.methods.reading import read_together
 from tv_lens.patching import Placement
@@ -51,7 +51,7 @@ def run_experiment(  # noqa: PLR0913 - its options are keywords
     seed: int = 0,
     substitutes: int = 2,
     across: bool = False,
-    methods: Sequence[Method] | None = None,
+    methods: Methods | None = None,
     controls: Sequence[Control] = CONTROLS,
     template: PromptFormat = PAPER,
     max_new_tokens: int = 8,
@@ -68,8 +68,9 @@ def run_experiment(  # noqa: PLR0913 - its options are keywords
     its own layer on the same dev queries. A task with fewer inputs gets as many prompts as it has inputs in either set.
     The control `other task` takes the vector of the least similar task, of another category if there is one.
 
-    With `n_train` the vectors are made from so many other prompts, whose queries are neither dev nor test queries.
-    Vectors that are added are tried at each of `strengths`, multiples of the strength that they are meant to have.
+    `methods` is a list, or a dictionary with names for them, if two are of one kind. With `n_train` the vectors are
+    made from so many other prompts, whose queries are neither dev nor test queries. Vectors that are added are tried at
+    each of `strengths`, multiples of the strength that they are meant to have.
 
     With `max_new_tokens=1` answers are scored by their first token, or by the first one that tells the task's answers
     apart (`first_token`), else in full by each task's own rule; `settings["scoring"]` and `settings["rules"]` say
@@ -91,8 +92,8 @@ def run_experiment(  # noqa: PLR0913 - its options are keywords
         n_dev=n_dev,
         n_test=n_test,
         seed=int(seed),
-        methods=tuple(methods) if isinstance(methods, (list, tuple)) else methods,
-        controls=tuple(controls) if isinstance(controls, (list, tuple)) else controls,
+        methods=named_methods(methods),
+        controls=controls,
         template=template,
         max_new_tokens=max_new_tokens,
         layers=layers,
@@ -114,7 +115,7 @@ class Design:
     n_dev: int
     n_test: int
     seed: int
-    methods: Sequence[Method]
+    methods: Mapping[str, Method]
     n_train: int | None = None
     controls: Sequence[Control] = CONTROLS
     conditions: Sequence[Condition] = ()
@@ -130,7 +131,6 @@ class Design:
             raise TvLensError(f"n_dev={self.n_dev}, n_test={self.n_test} and shots={self.shots} are each 1 or more")
         if self.n_train is not None and self.n_train < 1:
             raise TvLensError(f"n_train={self.n_train}; use 1 or more, or None to make the vectors from dev prompts")
-        check_methods(self.methods)
         check_controls(self.controls)
 
 
@@ -150,9 +150,9 @@ def run_design(engine: Engine, tasks: Sequence[Task], design: Design, folder: st
     with progress_bar(engine, len(plans) * len(design.methods), "task") as shown:
         for i, plan in enumerate(plans):
             tests = _Tests(engine, plan, design)
-            for method in design.methods:
-                if (plan.task.name, method.name) not in checkpoints.results:
-                    checkpoints.keep_result(run.result(i, method, tests))
+            for name in design.methods:
+                if (plan.task.name, name) not in checkpoints.results:
+                    checkpoints.keep_result(run.result(i, name, tests))
                 shown.update()
     return run.experiment()
 
@@ -176,8 +176,8 @@ def _settings(
         n_dev=design.n_dev,
         n_test=design.n_test,
         seed=design.seed,
-        method=", ".join(method.name for method in design.methods),
-        methods={method.name: method.options for method in design.methods},
+        method=", ".join(design.methods),
+        methods={name: settings_of(name, method) for name, method in design.methods.items()},
         substitutes=design.substitutes,
         controls=tuple(control.name for control in design.controls),
         template=design.template.to_dict(),
@@ -264,40 +264,47 @@ class _Run:
                 self._make_vectors(i)
                 shown.update()
 
-    def _methods_without_result(self, i: int) -> list[Method]:
+    def _methods_without_result(self, i: int) -> list[str]:
         results, task = self.checkpoints.results, self.plans[i].task.name
-        return [method for method in self.design.methods if (task, method.name) not in results]
+        return [name for name in self.design.methods if (task, name) not in results]
 
     def _make_vectors(self, i: int) -> None:
         """The vectors of one task, each read once for all methods and their controls."""
-        plan, methods = self.plans[i], self._methods_without_result(i)
+        plan, names = self.plans[i], self._methods_without_result(i)
         early = [control for control in self.design.controls if control.runs_model]
+        missing = [key for key in ((plan.task.name, name) for name in names) if key not in self.checkpoints.vectors]
+        controls = [(plan.task.name, name, control.name) for name in names for control in early]
+        if not missing and self.checkpoints.controls.keys() >= set(controls):
+            return
+        everything = list(self.design.methods)
         with sharing_reads(self.engine):
-            if len(methods) > 1:
-                self._read_together(i, dict.fromkeys(methods, plan.train))
-                self._read_together(i, {method: self._shuffled(i, method) for method in methods})
-            for method in methods:
-                vectors = self.vector(i, method)
+            if len(everything) > 1:
+                # For all methods, so that a resumed run reads in the same batches.
+                self._read_together(i, dict.fromkeys(everything, plan.train))
+                self._read_together(i, {name: self._shuffled(i, name) for name in everything})
+            for name in names:
+                vectors = self.vector(i, name)
                 for control in early:
-                    key = (plan.task.name, method.name, control.name)
+                    key = (plan.task.name, name, control.name)
                     if key not in self.checkpoints.controls:
-                        self.checkpoints.keep_control(*key, control(self._treatment(i, method, vectors)))
+                        self.checkpoints.keep_control(*key, control(self._treatment(i, name, vectors)))
 
-    def _read_together(self, i: int, prompts: Mapping[Method, Sequence[Prompt]]) -> None:
+    def _read_together(self, i: int, prompts: Mapping[str, Sequence[Prompt]]) -> None:
         """Read what each method needs of its prompts, once for all methods."""
         task, seed = self.plans[i].development, self.design.seed
-        reads = [read for method, own in prompts.items() if own for read in method.reads(task, own, seed)]
+        methods = self.design.methods
+        reads = [read for name, own in prompts.items() if own for read in methods[name].reads(task, own, seed)]
         read_together(self.engine, reads)
 
-    def _shuffled(self, i: int, method: Method) -> Sequence[Prompt]:
+    def _shuffled(self, i: int, name: str) -> Sequence[Prompt]:
         """What the shuffled control reads; nothing if there is no such control."""
         if not any(control.runs_model for control in self.design.controls):
             return ()
-        return method.shuffled(self.plans[i].train, self.design.seed) or ()
+        return self.design.methods[name].shuffled(self.plans[i].train, self.design.seed) or ()
 
-    def vector(self, i: int, method: Method) -> TaskVectors:
+    def vector(self, i: int, name: str) -> TaskVectors:
         """The mean vector of task `i`, made once."""
-        plan, key = self.plans[i], (self.plans[i].task.name, method.name)
+        plan, key, method = self.plans[i], (self.plans[i].task.name, name), self.design.methods[name]
         if key in self.checkpoints.vectors:
             return self.checkpoints.vectors[key]
         with sharing_reads(self.engine) as reads, _metered(self.engine, reads) as meter:
@@ -310,63 +317,64 @@ class _Run:
         self.checkpoints.costs[key] = meter.cost
         return self.checkpoints.keep_vectors(*key, vectors)
 
-    def result(self, i: int, method: Method, tests: _Tests) -> TaskResult:
+    def result(self, i: int, name: str, tests: _Tests) -> TaskResult:
         """The sweep on dev prompts, and the evaluation at the best layer and strength on test prompts."""
         plan, design = self.plans[i], self.design
-        vector = self.vector(i, method)
+        vector = self.vector(i, name)
         if not set(self.settings.layers) & set(vector.tried_layers):
             raise TvLensError(
-                f"{method.name} gave vectors of {plan.task.name!r} to try at the layers {list(vector.tried_layers)}, "
+                f"{name} gave vectors of {plan.task.name!r} to try at the layers {list(vector.tried_layers)}, "
                 f"and none of these is among layers={list(self.settings.layers)}; give both the same layers"
             )
-        other = self._other(i, method)
-        controls = self._controls(i, method, self._treatment(i, method, vector, other))
-        n_dev = len(plan.dev)
-        candidates = {"patched": vector, **{name: rows_of(each, slice(n_dev)) for name, each in controls.items()}}
-        tuned = tests.tune(candidates, self.settings.layers)
-        tested = {"patched": vector, **{name: rows_of(each, slice(n_dev, None)) for name, each in controls.items()}}
+        other = self._other(i, name)
+        controls = self._controls(i, name, self._treatment(i, name, vector, other))
+        n_dev, vectors = len(plan.dev), {"patched": vector, **controls}
+        on_dev, on_test = (
+            {key: rows_of(each, rows) for key, each in vectors.items()} for rows in (slice(n_dev), slice(n_dev, None))
+        )
+        tuned = tests.tune(on_dev, self.settings.layers)
         return TaskResult(
             task=plan.task.name,
             category=plan.task.category,
             sweep=tuned["patched"].sweep,
-            evaluation=tests.evaluate(tested, tuned),
+            evaluation=tests.evaluate(on_test, tuned),
             other_task=None if other is None else self.plans[other].task.name,
             dev_prompts=tuple(prompt.text for prompt in plan.dev),
             test_prompts=tuple(prompt.text for prompt in plan.test_prompts),
             queries=tuple(prompt.query for prompt in plan.test_prompts),
-            method=method.name,
+            method=name,
             other_sweeps=tuple(each for each in tuned["patched"].sweeps if each != tuned["patched"].sweep),
-            control_sweeps={name: tuned[name].sweep for name in controls},
+            control_sweeps={control: tuned[control].sweep for control in controls},
             tied_accuracies=tests.tied_accuracies(vector, tuned["patched"]),
             conditions=tests.conditions(vector, tuned["patched"]) if design.conditions else None,
             train_prompts=() if design.n_train is None else tuple(prompt.text for prompt in plan.train),
-            cost=self.checkpoints.costs.get((plan.task.name, method.name)),
+            cost=self.checkpoints.costs.get((plan.task.name, name)),
         )
 
-    def _other(self, i: int, method: Method) -> int | None:
-        return least_similar(i, [plan.task for plan in self.plans], lambda j: self.vector(j, method))
+    def _other(self, i: int, name: str) -> int | None:
+        return least_similar(i, [plan.task for plan in self.plans], lambda j: self.vector(j, name))
 
-    def _treatment(self, i: int, method: Method, vectors: TaskVectors, other: int | None = None) -> Treatment:
+    def _treatment(self, i: int, name: str, vectors: TaskVectors, other: int | None = None) -> Treatment:
         plan = self.plans[i]
         return Treatment(
             engine=self.engine,
             task=plan.development,
             prompts=plan.train,
             vectors=vectors,
-            method=method,
+            method=self.design.methods[name],
             seed=self.design.seed,
             n=len(plan.dev) + len(plan.test_prompts),
-            other=None if other is None else self._vector_of(other, method),
+            other=None if other is None else self._vector_of(other, name),
         )
 
-    def _vector_of(self, i: int, method: Method) -> Callable[[], TaskVectors]:
-        return lambda: self.vector(i, method)
+    def _vector_of(self, i: int, name: str) -> Callable[[], TaskVectors]:
+        return lambda: self.vector(i, name)
 
-    def _controls(self, i: int, method: Method, treatment: Treatment) -> dict[str, TaskVectors]:
+    def _controls(self, i: int, name: str, treatment: Treatment) -> dict[str, TaskVectors]:
         """The vectors of each control that there can be, for the dev prompts and then for the test prompts."""
         made = {}
         for control in self.design.controls:
-            key = (self.plans[i].task.name, method.name, control.name)
+            key = (self.plans[i].task.name, name, control.name)
             early = self.checkpoints.controls
             vectors = early[key] if key in early else control(treatment)
             if vectors is not None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
 
 from tv_lens.edits import RESID_POST, SITES, Site, Write
 from tv_lens.engines import Engine
@@ -19,6 +19,9 @@ from tv_lens.provenance import Option
 from tv_lens.shuffling import shuffle_outputs
 from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors
+
+# Several methods, or several under names that tell them apart.
+Methods: TypeAlias = "Sequence[Method] | Mapping[str, Method]"
 
 # Every method by its name, so that the one that made some vectors can be used again.
 METHODS: dict[str, type[Method]] = {}
@@ -97,13 +100,27 @@ def method_of(vectors: TaskVectors) -> Method | None:
     return method
 
 
-def check_methods(methods: Sequence[Method]) -> None:
-    """Raise TvLensError unless `methods` are methods with different names."""
-    if isinstance(methods, Method) or not methods or not all(isinstance(each, Method) for each in methods):
+def named_methods(methods: Methods) -> dict[str, Method]:
+    """The methods by the names that they have in tables and files.
+
+    Raises:
+        TvLensError: no methods, something else, or two of one name.
+    """
+    given = list(methods.values()) if isinstance(methods, Mapping) else methods
+    if isinstance(given, Method) or not given or not all(isinstance(each, Method) for each in given):
         raise TvLensError(f"methods are {methods!r}; give a list of methods, such as [Extraction(substitutes=2)]")
-    names = [method.name for method in methods]
-    if len(set(names)) < len(names):
-        raise TvLensError(f"methods are {names}; give each a different name")
+    names = list(methods) if isinstance(methods, Mapping) else [method.name for method in given]
+    if len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
+        raise TvLensError(
+            f"methods are named {names}; give each a different name, for two of a kind as a dictionary: "
+            '{"few substitutes": Extraction(substitutes=1), "many": Extraction(substitutes=5)}'
+        )
+    return dict(zip(names, given, strict=True))
+
+
+def settings_of(name: str, method: Method) -> dict[str, Option]:
+    """A method's options as an experiment's settings hold them; with the kind of method, if `name` is another."""
+    return method.options if name == method.name else {"method": method.name, **method.options}
 
 
 def as_option(value: Any) -> Option:
