@@ -14,7 +14,7 @@ from transformer_lens.utilities.statistics import derive_generator
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tv_lens.edits import Edits, Positions, Write
-from tv_lens.engines import Capability, Engine, Model, Past, Stop, Tokens, engine_for, map_rows
+from tv_lens.engines import Capability, Engine, Model, Past, Prefixes, Stop, Tokens, engine_for, map_rows
 from tv_lens.errors import EngineError, TvLensError
 from tv_lens.patching import LayerChoice, Placement, check_vectors, edits_for
 from tv_lens.prompts import Prompt, as_prompts
@@ -23,6 +23,9 @@ from tv_lens.vectors import TaskVectors
 # From next-token logits, and for each row a key that names its prompt and step, to the ids chosen. A sampler that
 # draws uses the key, so that a row's draw does not depend on the rest of its batch.
 Sampler: TypeAlias = Callable[[Float[Tensor, "batch d_vocab"], Sequence[str]], Int[Tensor, " batch"]]
+
+# Whether a beginning of the answer to the prompt of this number says all that is asked of the answer.
+Decided: TypeAlias = Callable[[int, str], bool]
 
 
 def greedy(logits: Float[Tensor, "batch d_vocab"], keys: Sequence[str]) -> Int[Tensor, " batch"]:
@@ -201,12 +204,13 @@ def check_new_tokens(engine: Engine, max_new_tokens: int) -> None:
 
 @dataclass
 class Answer:
-    """A row while it is being generated, and what it came to."""
+    """A row while it is being generated, and what it came to. With `decided` it also ends when that is true."""
 
     prompt: Prompt
     stop: Stop
     key: str
     number: int
+    decided: Decided | None = None
     ids: list[int] = field(default_factory=list)
     text: str = ""
     ended: bool = False
@@ -217,7 +221,12 @@ class Answer:
         at_special = token in self.stop.ids
         self.text = engine.text.decode(self.ids[:-1] if at_special else self.ids)
         at_text = self.stop.text is not None and self.stop.text in self.text
-        self.ended = at_special or at_text or token in engine.info.end_ids
+        at_end = at_special or at_text or token in engine.info.end_ids
+        self.ended = at_end or (self.decided is not None and self.decided(self.number, self._settled(engine)))
+
+    def _settled(self, engine: Engine) -> str:
+        """What of the answer no further token can change."""
+        return self.prompt.template.settled(engine.text.settled(self.ids))
 
     @property
     def answer(self) -> str:
@@ -225,17 +234,22 @@ class Answer:
         return self.prompt.template.cut(self.text)
 
 
-def answer(
+def answer(  # noqa: PLR0913 - its options are keywords
     engine: Engine,
     prompts: Sequence[Prompt],
     ids: Sequence[Sequence[int]],
     conditions: Sequence[Edits],
     max_new_tokens: int,
     sampler: Sampler = greedy,
+    *,
+    decided: Decided | None = None,
+    kept: Prefixes | None = None,
 ) -> list[list[Answer]]:
-    """The answers to every prompt under each of several conditions.
+    """The answers to every prompt under each of several conditions; with `decided`, each only as far as it takes for
+    `decided(prompt number, beginning)` to be true of a beginning that no further token can change.
 
-    The prompts are run once, up to where the edits begin; from there all conditions continue in the same batches.
+    The prompts are run once, up to where the edits begin; from there all conditions continue in the same batches. With
+    `kept` that beginning is kept for other calls with the same prompts.
     """
     k = len(conditions)
     stops = {prompt.template: engine.text.stop_of(prompt) for prompt in prompts}
@@ -244,12 +258,12 @@ def answer(
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
         numbers = [row // k for row in rows]
-        begun = [Answer(prompts[i], stops[prompts[i].template], keys[i], i) for i in numbers]
+        begun = [Answer(prompts[i], stops[prompts[i].template], keys[i], i, decided) for i in numbers]
         decode(engine, tokens, past, edits, begun, max_new_tokens, sampler)
         answers.update(zip(rows, begun, strict=True))
 
     edits = conditions[0] if k == 1 else Edits.interleave(conditions)
-    map_rows(engine, [[row] * k for row in ids], work, edits=edits, new_tokens=max_new_tokens - 1)
+    map_rows(engine, [[row] * k for row in ids], work, edits=edits, new_tokens=max_new_tokens - 1, kept=kept)
     return [[answers[i * k + j] for i in range(len(prompts))] for j in range(k)]
 
 

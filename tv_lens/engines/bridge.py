@@ -85,6 +85,10 @@ def _bos(bridge: Bridge, name: str, prepends: bool, wanted: bool | None) -> tupl
     return str(tokenizer.bos_token), reason
 
 
+# A token for one byte of a character that is not in the vocabulary (sentencepiece).
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
 class BridgeCodec(TextCodec):
     """The tokenizer of a bridge, used through `to_tokens`, one text at a time: batches keep an appended EOS in short
     rows. `options` are extra keyword arguments for `to_tokens`.
@@ -112,6 +116,19 @@ class BridgeCodec(TextCodec):
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+    def settled(self, ids: Sequence[int]) -> str:
+        """What of the text no later ids can change. Nothing is known of tokenizers written in Python, which may join
+        pieces in any way.
+        """
+        tokenizer = self._bridge.tokenizer
+        if not tokenizer.is_fast:
+            return ""
+        kept = list(ids)
+        # Bytes in a row that are not valid UTF-8 together all decode to U+FFFD, characters that were complete included.
+        while kept and (_BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(kept[-1]))) or not self.decode(kept[-1:])):
+            kept.pop()
+        return super().settled(kept)
 
     def piece_ids(self, text: str) -> list[int]:
         """The ids of a text that continues another one, with nothing in front."""

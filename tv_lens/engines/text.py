@@ -70,6 +70,14 @@ class TextCodec(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens left out."""
 
+    def settled(self, ids: Sequence[int]) -> str:
+        """A beginning that the texts of all rows starting with `ids` share.
+
+        By default all of the text but U+FFFD at its end, which may be part of a character. A codec whose `decode`
+        changes earlier text when ids are added must leave that text out.
+        """
+        return self.decode(ids).rstrip("\ufffd")
+
     def piece_ids(self, text: str) -> list[int]:
         """The ids of a text that continues another one, with nothing in front."""
         return self.to_ids(text)

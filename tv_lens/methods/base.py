@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from tv_lens.edits import SITES, Site, Write
+from tv_lens.edits import RESID_POST, SITES, Site, Write
 from tv_lens.engines import Engine
 from tv_lens.errors import TvLensError
 from tv_lens.prompts import Prompt
@@ -22,6 +22,17 @@ from tv_lens.vectors import TaskVectors
 
 # Every method by its name, so that the one that made some vectors can be used again.
 METHODS: dict[str, type[Method]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A prompt that a method reads at its last token. With `judged`, the method also asks how likely the first token of
+    the prompt's answer is.
+    """
+
+    prompt: Prompt
+    site: Site = RESID_POST
+    judged: bool = False
 
 
 class Method(ABC):
@@ -36,6 +47,12 @@ class Method(ABC):
     @abstractmethod
     def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
         """One vector per prompt and layer, or one for all prompts."""
+
+    def reads(self, task: Task, prompts: Sequence[Prompt], seed: int) -> Sequence[Read]:
+        """What a call with the same arguments reads at last tokens, so that an experiment can read it for all methods
+        in one pass. A method that names nothing reads by itself.
+        """
+        return ()
 
     @property
     def uses_answers(self) -> bool:

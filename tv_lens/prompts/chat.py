@@ -9,7 +9,7 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tv_lens.errors import TvLensError
-from tv_lens.prompts.formats import Example, PromptFormat, Segment
+from tv_lens.prompts.formats import Example, PromptFormat, Segment, without_start_of
 from tv_lens.prompts.templates import PAPER, Template
 
 if TYPE_CHECKING:
@@ -128,6 +128,11 @@ class ChatTemplate(PromptFormat):
     def cut(self, text: str) -> str:
         """The answer in a completion: the assistant's message, without white space around it."""
         return (text if self.stop is None else text.split(self.stop, 1)[0]).strip()
+
+    def settled(self, text: str) -> str:
+        """What of the message is settled: what comes before its end, and before anything that may become its end."""
+        stop = self.stop
+        return (text if stop is None else without_start_of(stop, text.split(stop, 1)[0])).strip()
 
     @property
     def _template(self) -> Template:

@@ -37,6 +37,16 @@ def has_lone_surrogate(text: str) -> bool:
     return False
 
 
+def without_start_of(ending: str, text: str) -> str:
+    """The text without the longest part at its end with which `ending` may begin.
+
+    >>> without_start_of("\n\n", "cold\n"), without_start_of("\n\n", "cold")
+    ('cold', 'cold')
+    """
+    starts = range(max(0, len(text) - len(ending)), len(text))
+    return text[: next((i for i in starts if ending.startswith(text[i:])), len(text))]
+
+
 # Every prompt format by its class name, so that files can name theirs.
 _FORMATS: dict[str, type[PromptFormat]] = {}
 
@@ -60,6 +70,12 @@ class PromptFormat(ABC):
     @abstractmethod
     def cut(self, text: str) -> str:
         """The answer in a completion of the prompt."""
+
+    def settled(self, text: str) -> str:
+        """A beginning that the answers in all completions starting with `text` share: what `cut` returns, without what
+        may turn out to end the answer or to be white space after it. By default nothing is known.
+        """
+        return ""
 
     @property
     def stop(self) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tv_lens.errors import TvLensError
-from tv_lens.prompts.formats import Example, PromptFormat, Segment
+from tv_lens.prompts.formats import Example, PromptFormat, Segment, without_start_of
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,17 @@ class Template(PromptFormat):
         answer = text.split(self.separator, 1)[0].strip()
         return answer.removesuffix(after.strip()).rstrip()
 
+    def settled(self, text: str) -> str:
+        r"""What of the answer is settled: what comes before a separator or an end of the template, and before anything
+        that may become one.
+
+        >>> Template("{input} -> {output} ##", separator="\n\n").settled(" cold #")
+        'cold'
+        """
+        *_, after = self._parts()
+        answer = without_start_of(self.separator, text.split(self.separator, 1)[0]).strip()
+        return without_start_of(after.strip(), answer).rstrip()
+
 
 # How the paper writes its prompts; the default everywhere.
 PAPER = Template("example:{input}->{output}")
@@ -122,6 +133,10 @@ class PlainText(PromptFormat):
 
     def cut(self, text: str) -> str:
         """All of it, white space included."""
+        return text
+
+    def settled(self, text: str) -> str:
+        """All of it."""
         return text
 
 
@@ -158,5 +173,9 @@ class FreeText(PromptFormat):
         return answer if self.text.endswith(" ") else f" {answer}"
 
     def cut(self, text: str) -> str:
+        """All of it, without white space around it."""
+        return text.strip()
+
+    def settled(self, text: str) -> str:
         """All of it, without white space around it."""
         return text.strip()

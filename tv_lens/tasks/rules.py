@@ -16,6 +16,8 @@ import regex
 from tv_lens.errors import TvLensError
 
 Accepts: TypeAlias = Callable[[str, str], bool]
+# From the beginning of a prediction and an answer to the verdict that nothing after it can change, or None.
+Decide: TypeAlias = Callable[[str, str], bool | None]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Rule:
     `tokens` is how many generated tokens the rule needs to see. `accepts_ids`, if given, judges the generated token
     ids instead of their text.
 
+    `decide(beginning, answer)`, if given, is the verdict on every prediction that starts with `beginning`, itself
+    included, or None while they differ. A sweep then stops an answer as soon as its verdict is known. Rules without it
+    see whole answers. `exact_match` and `starts_with` have theirs.
+
     >>> Rule("ignore case", lambda prediction, answer: prediction.lower() == answer.lower())("COLD", "cold")
     True
     """
@@ -37,6 +43,7 @@ class Rule:
     accepts: Accepts
     tokens: int = 1
     accepts_ids: Callable[[Sequence[int], str], bool] | None = None
+    decide: Decide | None = None
 
     def __call__(self, prediction: str, answer: str) -> bool:
         return bool(self.accepts(prediction, answer))
@@ -49,7 +56,7 @@ class Rule:
     @staticmethod
     def of(rule: Accepts | Rule) -> Rule:
         """The rule itself, or a function wrapped under its name (an empty one for lambdas, closures and the like)."""
-        return rule if isinstance(rule, Rule) else Rule(_function_name(rule), rule)
+        return rule if isinstance(rule, Rule) else Rule(_function_name(rule), rule, decide=_decide_of(rule))
 
     def check_named(self, task: str) -> None:
         """Raise TvLensError if a resumed run could not tell this rule from another."""
@@ -107,6 +114,30 @@ def starts_with(prediction: str, answer: str) -> bool:
     return prediction.startswith(answer) and not _word_continues(prediction, len(answer))
 
 
+def _decide_of(accepts: Accepts) -> Decide | None:
+    if accepts is exact_match:
+        return _decide_exact_match
+    return _decide_starts_with if accepts is starts_with else None
+
+
+def _decide_exact_match(beginning: str, answer: str) -> bool | None:
+    return None if _may_equal(beginning, answer.strip()) else False
+
+
+def _decide_starts_with(beginning: str, answer: str) -> bool | None:
+    beginning, answer = beginning.lstrip(), answer.strip()
+    if answer and beginning.startswith(answer):
+        continues = _continues(beginning, len(answer))
+        return None if continues is None else not continues
+    first_word = "".join(answer.split()[:1])
+    return None if _may_equal(beginning, answer) or _may_equal(beginning, first_word) else False
+
+
+def _may_equal(beginning: str, text: str) -> bool:
+    """Whether a prediction with this beginning can be the text, apart from white space around it."""
+    return beginning.strip() == text or text.startswith(beginning.lstrip())
+
+
 # Letters, marks and digits of scripts that put spaces between words.
 _WORD = regex.compile(
     r"[[\p{L}\p{M}\p{N}]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
@@ -121,15 +152,23 @@ _GRAPHEME = regex.compile(r"\X")
 
 def _word_continues(text: str, end: int) -> bool:
     """Whether a word, number or character of `text` extends across position `end`."""
-    if end == len(text):
-        return False
-    if end not in {match.end() for match in _GRAPHEME.finditer(text)}:
-        return True  # a combining mark, or a part of an emoji, follows
-    last, rest = text[end - 1], text[end:]
+    return _continues(text, end) is True
+
+
+def _continues(beginning: str, end: int) -> bool | None:
+    """Whether a word, number or character extends across position `end` of every text with this beginning; None if
+    that depends on what follows. Texts are stripped, so white space at the end may be left out.
+    """
+    last, rest = beginning[end - 1], beginning[end:]
+    if not rest:
+        return None
+    if end not in {match.end() for match in _GRAPHEME.finditer(beginning)}:
+        return None if rest.isspace() else True  # a combining mark, or a part of an emoji, follows
     if not _WORD.match(last):
         return False
     if _WORD.match(rest):
         return True
-    if last.isdecimal():
-        return bool(_NUMBER_GROUP.match(rest))
-    return bool(_APOSTROPHE.match(rest))
+    joint = (_NUMBER_GROUP if last.isdecimal() else _APOSTROPHE).match(rest, partial=True)
+    if joint is None:
+        return False
+    return None if joint.partial else True

@@ -99,6 +99,25 @@ class Task:
         by_ids = ids is not None and rule.accepts_ids is not None and any(rule.accepts_ids(ids, a) for a in answers)
         return by_ids or any(rule(prediction, each) for each in answers)
 
+    def decided(self, beginning: str, answer: str, *, query: str | None = None) -> bool | None:
+        """The verdict of `right` on every prediction that starts with `beginning`, itself included; None if they
+        differ, or if the rule cannot say.
+
+        >>> task = Task.from_mapping("antonyms", {"big": ["small", "little"]})
+        >>> task.decided("li", "small"), task.decided("little by", "small"), task.decided("la", "small")
+        (None, True, False)
+
+        Raises:
+            TvLensError: the alternatives depend on the input, and none is given.
+        """
+        rule = self.rule
+        if rule.decide is None or rule.accepts_ids is not None:
+            return None
+        verdicts = [rule.decide(beginning, each) for each in self.answers(answer, query)]
+        if any(verdicts):
+            return True
+        return None if None in verdicts else False
+
     @classmethod
     def from_mapping(
         cls,

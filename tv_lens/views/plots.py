@@ -11,8 +11,7 @@ from functools import singledispatch
 from typing import Any
 
 from tv_lens.errors import UnsupportedError
-from tv_lens.evidence.conditions import Conditions
-from tv_lens.evidence.results import Conflict, Evaluation, Experiment, Score, Sweep, TaskResult
+from tv_lens.evidence.results import Conditions, Conflict, Evaluation, Experiment, Score, Sweep, TaskResult
 from tv_lens.geometry import Similarities, VectorMap
 from tv_lens.heads import HeadEffects
 from tv_lens.inspection import TokenTable
