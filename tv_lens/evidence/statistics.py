@@ -23,7 +23,7 @@ from transformer_lens.utilities.statistics import sign_flip_permutation_pvalue, 
 
 from tv_lens.errors import TvLensError
 
-Seeds: TypeAlias = Sequence[Sequence[float]]  # values[seed][query]
+Seeds: TypeAlias = Sequence[Sequence[float]] | Sequence[Sequence[bool]]  # values[seed][query]
 Sample: TypeAlias = Float64[np.ndarray, " query"]
 
 # If all queries of some seed give the same, the spread between seeds cannot be estimated well. Then each seed counts
