@@ -294,7 +294,7 @@ def _effective_queries(seeds: list[Sample]) -> float:
     return min(_queries(seeds), _QUERIES_OF_AN_UNIFORM_SEED * len(seeds)) if uniform else _queries(seeds)
 
 
-def _t(confidence: float, df: float) -> float:
+def _t(confidence: float, df: float | int) -> float:
     """The quantile of Student's t for a two-sided interval; infinite without a degree of freedom."""
     from scipy.special import stdtrit
 
