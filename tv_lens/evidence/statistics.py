@@ -301,7 +301,7 @@ def _t(confidence: float, df: float | int) -> float:
     return float(stdtrit(df, (1 + confidence) / 2)) if df > 0 else math.inf
 
 
-def _clopper_pearson(share: float, n: float, confidence: float) -> Interval:
+def _clopper_pearson(share: float, n: float | int, confidence: float) -> Interval:
     """The Clopper-Pearson interval of a share of `n`, which need not be a whole number."""
     from scipy.special import betaincinv
 
