@@ -321,7 +321,8 @@ class _Run:
         """The sweep on dev prompts, and the evaluation at the best layer and strength on test prompts."""
         plan, design = self.plans[i], self.design
         vector = self.vector(i, name)
-        if not set(self.settings.layers) & set(vector.tried_layers):
+        # What is written at all its layers at once has nothing to choose.
+        if vector.usage.span != "together" and not set(self.settings.layers) & set(vector.tried_layers):
             raise TvLensError(
                 f"{name} gave vectors of {plan.task.name!r} to try at the layers {list(vector.tried_layers)}, "
                 f"and none of these is among layers={list(self.settings.layers)}; give both the same layers"
