@@ -9,12 +9,11 @@ from typing import Any
 from plotly.subplots import make_subplots
 
 from tv_lens.evidence.comparisons import Comparison
-from tv_lens.views.drawing import COLORS, LOOKS, SYMBOLS, accuracy_axis, go, plain, style
+from tv_lens.views.drawing import COLORS, GRAY, SYMBOLS, accuracy_axis, go, plain, style
 
-# Heights in pixels: a method's line in a task's row, the least height of a row, what is between rows, between panels,
-# above the first panel, and a line of the legend.
-_LINE, _ROW, _BETWEEN_ROWS, _BETWEEN_PANELS, _TITLE, _LEGEND = 14, 30, 8, 34, 64, 21
-_BELOW = 60
+# Heights in pixels: a method's line in a task's row, the least height of a row, and what is between rows, between
+# panels, above the first panel and below the last.
+_LINE, _ROW, _BETWEEN_ROWS, _BETWEEN_PANELS, _ABOVE, _BELOW = 14, 30, 8, 54, 92, 60
 # A row takes this much of the axis on either side of its middle.
 _HALF_ROW = 0.46
 
@@ -46,6 +45,9 @@ def plot_comparison(comparison: Comparison) -> go.Figure:
         _draw_controls(figure, i, tasks, comparison.methods, chosen)
         for method, look in looks.items():
             _draw_method(figure, i, tasks, comparison.methods, [row for row in chosen if row["method"] == method], look)
+    for axis in list(figure.select_xaxes())[:-1]:
+        axis.title = None
+    figure.update_yaxes(title="task", row=1, col=1)
     _draw_legend(figure, looks)
     return figure
 
@@ -70,9 +72,9 @@ def _set_layout(figure: go.Figure, comparison: Comparison, height: int) -> None:
     shots = f"{settings.shots} shot" + ("" if settings.shots == 1 else "s")
     style(figure, "Accuracy by task and method", f"{settings.model}, {shots}, {shown}")
     figure.update_layout(
-        height=_TITLE + height + _BELOW,
-        margin={"l": 30, "t": _TITLE, "b": _BELOW},
-        title={"yref": "container", "y": 1 - 12 / (_TITLE + height + _BELOW), "yanchor": "top"},
+        height=_ABOVE + height + _BELOW,
+        margin={"l": 30, "t": _ABOVE, "b": _BELOW},
+        title={"yref": "container", "y": 1 - 20 / (_ABOVE + height + _BELOW), "yanchor": "top"},
         hovermode="closest",
     )
 
@@ -91,7 +93,7 @@ def _draw_panel(figure: go.Figure, panel: int, category: str, tasks: Sequence[st
         zeroline=False,
     )
     accuracy_axis(figure, "x", row=panel, col=1)
-    figure.update_xaxes(row=panel, col=1, zeroline=False)
+    figure.update_xaxes(row=panel, col=1, zeroline=False, showticklabels=True)
     axis = "" if panel == 1 else str(panel)
     figure.add_annotation(
         text=f"<b>{plain(category)}</b>",
@@ -174,6 +176,8 @@ def _draw_controls(
 
 
 _CONTROL = "strongest control"
+_FILLED = "filled: beats every control"
+_EMPTY = "empty: not shown to"
 
 
 def _draw_method(
@@ -217,15 +221,16 @@ def _draw_method(
 
 def _draw_legend(figure: go.Figure, looks: Mapping[str, tuple[str, str]]) -> None:
     """An entry for each method, and for what a filled and an empty symbol mean."""
-    entries = {method: (symbol, color, color) for method, (color, symbol) in looks.items()}
-    for method, (symbol, fill, line) in entries.items():
+    entries = [(method, symbol, color, color) for method, (color, symbol) in looks.items()]
+    entries += [(_FILLED, "octagon", GRAY, GRAY), (_EMPTY, "octagon", "#FFFFFF", GRAY)]
+    for name, symbol, fill, line in entries:
         figure.add_scatter(
             x=[None],
             y=[None],
             mode="markers",
             marker={"symbol": symbol, "size": 9, "color": fill, "line": {"color": line, "width": 2}},
-            name=plain(method),
-            legendgroup=method,
+            name=plain(name),
+            legendgroup=name,
             row=1,
             col=1,
         )
