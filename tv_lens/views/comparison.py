@@ -37,7 +37,9 @@ def plot_comparison(comparison: Comparison) -> go.Figure:
         vertical_spacing=_BETWEEN_PANELS / (sum(heights) + between),
     )
     _set_layout(figure, comparison, sum(heights) + between)
-    looks = {method: (COLORS[i % len(COLORS)], SYMBOLS[i % len(SYMBOLS)]) for i, method in enumerate(comparison.methods)}
+    looks = {
+        method: (COLORS[i % len(COLORS)], SYMBOLS[i % len(SYMBOLS)]) for i, method in enumerate(comparison.methods)
+    }
     for i, (category, tasks) in enumerate(panels.items(), start=1):
         chosen = [row for row in rows if row["task"] in tasks]
         _draw_panel(figure, i, category, tasks)
