@@ -6,10 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from plotly.subplots import make_subplots
-
 from tv_lens.evidence.comparisons import Comparison
-from tv_lens.views.drawing import COLORS, GRAY, SYMBOLS, accuracy_axis, go, plain, style
+from tv_lens.views.drawing import COLORS, GRAY, SYMBOLS, accuracy_axis, go, make_subplots, plain, style
 
 # Heights in pixels: a method's line in a task's row, the least height of a row, and what is between rows, between
 # panels, above the first panel and below the last.
@@ -225,7 +223,7 @@ def _draw_method(
 def _draw_legend(figure: go.Figure, looks: Mapping[str, tuple[str, str]]) -> None:
     """An entry for each method, and for what a filled and an empty symbol mean."""
     entries = [(method, symbol, color, color) for method, (color, symbol) in looks.items()]
-    entries += [(_FILLED, "octagon", GRAY, GRAY), (_EMPTY, "octagon", "#FFFFFF", GRAY)]
+    entries += [(_FILLED, "octagon", GRAY, GRAY), (_EMPTY, "octagon-open", "#FFFFFF", GRAY)]
     for name, symbol, fill, line in entries:
         figure.add_scatter(
             x=[None],

@@ -16,6 +16,7 @@ from tv_lens.vectors import depth
 
 try:
     import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
 except ImportError as error:
     raise MissingExtraError('a figure needs Plotly; pip install "tv_lens[plots]"') from error
 
@@ -29,6 +30,7 @@ __all__ = [
     "bars",
     "depth_axis",
     "go",
+    "make_subplots",
     "new_figure",
     "plain",
     "style",
