@@ -118,7 +118,8 @@ class Comparison:
             known = table[name].notna()
             table[f"{name}_holm"] = pd.Series(dtype="float64")
             table.loc[known, f"{name}_holm"] = holm(table.loc[known, name].astype(float).tolist())
-        return table
+        texts = ("task", "category", "method", "layers", "strengths", "strongest_control", "as_good")
+        return table.astype({name: "float64" for name in table if name not in texts and table[name].dtype == object})
 
     def estimates(self) -> pd.DataFrame:
         """One row for each task and method, all seeds together; the statistics are in `docs/statistics.md`.
@@ -448,4 +449,4 @@ def _p(value: float | None) -> str:
 
 
 def _control(row: Mapping[Any, Any]) -> str:
-    return f"{row['strongest_control']} {row['control_accuracy']:.2f}" if row["strongest_control"] else ""
+    return f"{row['strongest_control']} {row['control_accuracy']:.2f}" if _known(row["strongest_control"]) else ""

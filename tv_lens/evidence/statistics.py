@@ -28,7 +28,7 @@ Sample: TypeAlias = Float64[np.ndarray, " query"]
 
 # If all queries of some seed give the same, the spread between seeds cannot be estimated well. Then each seed counts
 # as this many queries at most.
-_QUERIES_OF_AN_UNIFORM_SEED = 6
+_QUERIES_OF_A_UNIFORM_SEED = 6
 # A nominal level at which the lower bound of a difference is too high in at most 5% of samples, by enumeration.
 _LEVEL_OF_NON_INFERIORITY = 0.03
 _RESAMPLES = 4000
@@ -188,9 +188,9 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     hypothesis is rejected is at most the level, however the tests depend on each other.
 
     Raises:
-        TvLensError: no p-value, or one outside of 0 to 1.
+        TvLensError: a p-value outside of 0 to 1.
     """
-    values = _checked_p_values(p_values)
+    values = _checked_p_values(p_values) if len(p_values) else []
     adjusted, largest = [0.0] * len(values), 0.0
     for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
         largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
@@ -291,7 +291,7 @@ def _queries(seeds: list[Sample]) -> float:
 def _effective_queries(seeds: list[Sample]) -> float:
     """The number of queries, or fewer if some seed's queries all give the same."""
     uniform = len(seeds) > 1 and any(float(np.ptp(seed)) < 1e-12 for seed in seeds)
-    return min(_queries(seeds), _QUERIES_OF_AN_UNIFORM_SEED * len(seeds)) if uniform else _queries(seeds)
+    return min(_queries(seeds), _QUERIES_OF_A_UNIFORM_SEED * len(seeds)) if uniform else _queries(seeds)
 
 
 def _t(confidence: float, df: float | int) -> float:
