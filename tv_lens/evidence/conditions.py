@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from tv_lens.edits import Layers
 from tv_lens.engines import Engine, Model, Prefixes, engine_for
@@ -18,9 +18,6 @@ from tv_lens.prompts import FreeText, Prompt, PromptFormat, check_prompts
 from tv_lens.shuffling import shuffle_outputs, without_demonstrations
 from tv_lens.tasks import Rule, Task, starts_with
 from tv_lens.vectors import TaskVectors
-
-if TYPE_CHECKING:
-    pass
 
 # Vectors, and the layer or layers that they are written to.
 Placed: TypeAlias = tuple[TaskVectors, int | Layers]
