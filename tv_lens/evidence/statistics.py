@@ -23,12 +23,12 @@ from transformer_lens.utilities.statistics import sign_flip_permutation_pvalue, 
 
 from tv_lens.errors import TvLensError
 
-Seeds: TypeAlias = Sequence[Sequence[float]]  # values[seed][query]
+Seeds: TypeAlias = Sequence[Sequence[float | int]]  # values[seed][query]; bools are 0 and 1
 Sample: TypeAlias = Float64[np.ndarray, " query"]
 
 # If all queries of some seed give the same, the spread between seeds cannot be estimated well. Then each seed counts
 # as this many queries at most.
-_QUERIES_OF_AN_UNIFORM_SEED = 6
+_QUERIES_OF_A_UNIFORM_SEED = 6
 # A nominal level at which the lower bound of a difference is too high in at most 5% of samples, by enumeration.
 _LEVEL_OF_NON_INFERIORITY = 0.03
 _RESAMPLES = 4000
@@ -291,10 +291,10 @@ def _queries(seeds: list[Sample]) -> float:
 def _effective_queries(seeds: list[Sample]) -> float:
     """The number of queries, or fewer if some seed's queries all give the same."""
     uniform = len(seeds) > 1 and any(float(np.ptp(seed)) < 1e-12 for seed in seeds)
-    return min(_queries(seeds), _QUERIES_OF_AN_UNIFORM_SEED * len(seeds)) if uniform else _queries(seeds)
+    return min(_queries(seeds), float(_QUERIES_OF_A_UNIFORM_SEED * len(seeds))) if uniform else _queries(seeds)
 
 
-def _t(confidence: float, df: float) -> float:
+def _t(confidence: float, df: float | int) -> float:
     """The quantile of Student's t for a two-sided interval; infinite without a degree of freedom."""
     from scipy.special import stdtrit
 
@@ -388,7 +388,7 @@ def _intervals_of_one_direction(differences: list[Sample], confidence: float) ->
 def _lowest_difference(differences: list[Sample], distinct: int) -> float:
     """The one-sided 95% lower bound of the mean of differences of answers."""
     worse = math.fsum(float((each < 0).mean()) for each in differences) / len(differences)
-    n = min(_effective_queries(differences), distinct)
+    n = min(_effective_queries(differences), float(distinct))
     bounds = [
         _t_interval(_means(differences), 0.9).low,
         _interval_of_changes(differences, 2 * _LEVEL_OF_NON_INFERIORITY).low,
