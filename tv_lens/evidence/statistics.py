@@ -23,7 +23,7 @@ from transformer_lens.utilities.statistics import sign_flip_permutation_pvalue, 
 
 from tv_lens.errors import TvLensError
 
-Seeds: TypeAlias = Sequence[Sequence[float]] | Sequence[Sequence[bool]]  # values[seed][query]
+Seeds: TypeAlias = Sequence[Sequence[float | int]]  # values[seed][query]; bools are 0 and 1
 Sample: TypeAlias = Float64[np.ndarray, " query"]
 
 # If all queries of some seed give the same, the spread between seeds cannot be estimated well. Then each seed counts
@@ -291,7 +291,7 @@ def _queries(seeds: list[Sample]) -> float:
 def _effective_queries(seeds: list[Sample]) -> float:
     """The number of queries, or fewer if some seed's queries all give the same."""
     uniform = len(seeds) > 1 and any(float(np.ptp(seed)) < 1e-12 for seed in seeds)
-    return min(_queries(seeds), _QUERIES_OF_A_UNIFORM_SEED * len(seeds)) if uniform else _queries(seeds)
+    return min(_queries(seeds), float(_QUERIES_OF_A_UNIFORM_SEED * len(seeds))) if uniform else _queries(seeds)
 
 
 def _t(confidence: float, df: float | int) -> float:
@@ -301,7 +301,7 @@ def _t(confidence: float, df: float | int) -> float:
     return float(stdtrit(df, (1 + confidence) / 2)) if df > 0 else math.inf
 
 
-def _clopper_pearson(share: float, n: float | int, confidence: float) -> Interval:
+def _clopper_pearson(share: float, n: float, confidence: float) -> Interval:
     """The Clopper-Pearson interval of a share of `n`, which need not be a whole number."""
     from scipy.special import betaincinv
 
@@ -388,7 +388,7 @@ def _intervals_of_one_direction(differences: list[Sample], confidence: float) ->
 def _lowest_difference(differences: list[Sample], distinct: int) -> float:
     """The one-sided 95% lower bound of the mean of differences of answers."""
     worse = math.fsum(float((each < 0).mean()) for each in differences) / len(differences)
-    n = min(_effective_queries(differences), distinct)
+    n = min(_effective_queries(differences), float(distinct))
     bounds = [
         _t_interval(_means(differences), 0.9).low,
         _interval_of_changes(differences, 2 * _LEVEL_OF_NON_INFERIORITY).low,
