@@ -92,7 +92,7 @@ def method_of(vectors: TaskVectors) -> Method | None:
     if kind is None or len(vectors.terms) > 1 or not dataclasses.is_dataclass(kind):
         return None
     known = {field.name for field in dataclasses.fields(kind)}
-    options = {name: _value(name, value) for name, value in vectors.options.items() if name in known}
+    options = {name: option_value(name, value) for name, value in vectors.options.items() if name in known}
     try:
         method: Method = kind(**options)
     except TvLensError:  # made from something that has no name, such as other vectors
@@ -132,9 +132,10 @@ def as_option(value: Any) -> Option:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _value(name: str, value: Option) -> Any:
+def option_value(name: str, value: Option) -> Any:
+    """The value of the field `name` that `as_option` has turned into a JSON value."""
     if name == "site" and isinstance(value, str):
         return SITES[value]
     if name == "how" and isinstance(value, list):
         return Write(*value)
-    return tuple(_value("", each) for each in value) if isinstance(value, list) else value
+    return tuple(option_value("", each) for each in value) if isinstance(value, list) else value
