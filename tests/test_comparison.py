@@ -16,6 +16,7 @@ import tv_lens as tv
 from tv_lens import Choice, Comparison, Evaluation, Experiment, Score, Sweep, TaskResult
 from tv_lens.evidence.controls import random_like
 from tv_lens.evidence.results import tied_choices
+from tv_lens.evidence.statistics import accuracy_interval, difference_interval, exact_interval, share_recovered
 from tv_lens.evidence.tuning import tune
 
 
@@ -373,3 +374,20 @@ def test_a_strength_multiplies_what_is_written(llama: Twins) -> None:
     assert result.evaluation.patched.texts == texts
     assert result.evaluation.strength == 4
     assert set(result.evaluation.to_pandas()["strength"].dropna()) == {4.0}
+
+
+def test_answers_that_are_repeated_in_every_seed_say_no_more_than_those_of_one() -> None:
+    first, second, few = (1, 1, 1, 0, 0, 0, 0, 1), (0, 0, 0, 0, 0, 0, 0, 1), (1,) * 8
+    queries = [[str(i) for i in range(8)]]
+    one = accuracy_interval([first], queries=queries)
+    assert one == exact_interval([bool(each) for each in first])
+    assert accuracy_interval([first] * 3, queries=queries * 3) == pytest.approx(one)
+    assert accuracy_interval([first] * 3).low > one.low  # as if they were different queries
+    difference = difference_interval([first], [second], queries=queries)
+    assert difference_interval([first] * 3, [second] * 3, queries=queries * 3) == pytest.approx(difference)
+    share = share_recovered([first] * 3, [(0,) * 8] * 3, [few] * 3, queries=queries * 3)
+    as_if_different = share_recovered([first] * 3, [(0,) * 8] * 3, [few] * 3)
+    assert share is not None
+    assert as_if_different is not None
+    assert share.low < as_if_different.low
+    assert share.high > as_if_different.high

@@ -285,7 +285,7 @@ class Cell:
         """A row of `Comparison.estimates`; `first` is the same task with the first method, None for that itself."""
         one = self.results[0]
         patched, zero, few = (self.correct(name) for name in ("patched", "zero-shot", "few-shot"))
-        low, high = accuracy_interval(patched)
+        low, high = accuracy_interval(patched, queries=self.queries)
         tied = [result.test_range for result in self.results]
         return {
             "task": one.task,
@@ -319,7 +319,7 @@ class Cell:
             if len(known) < len(self.results) or not all(name in each.scores for each in known):
                 continue
             plain, patched = ([each.scores[name][vector].correct for each in known] for vector in (PLAIN, "patched"))
-            low, high = difference_interval(patched, plain)
+            low, high = difference_interval(patched, plain, queries=self.queries)
             rows.append(
                 {
                     "task": self.results[0].task,
@@ -341,7 +341,7 @@ class Cell:
         if first is None:
             return dict.fromkeys(names)
         theirs = first.correct("patched")
-        interval = difference_interval(patched, theirs)
+        interval = difference_interval(patched, theirs, queries=self.queries)
         p_value = different_p_value(patched, theirs, self.queries)
         return dict(zip(names, (_mean(patched) - _mean(theirs), *interval, p_value), strict=True))
 
@@ -358,7 +358,7 @@ class Cell:
         }
 
     def _against_few_shot(self, patched: Seeds, zero: Seeds, few: Seeds) -> dict[str, Any]:
-        share = share_recovered(patched, zero, few)
+        share = share_recovered(patched, zero, few, queries=self.queries)
         value, low, high = (None, None, None) if share is None else share
         bound = non_inferiority(patched, few, self.queries)
         return {
@@ -379,9 +379,17 @@ class Cell:
         row: dict[str, Any] = dict.fromkeys((*names, *others))
         if patched is not None and zero is not None:
             gain = _mean(patched) - _mean(zero)
-            row |= dict(zip(names, (_mean(patched), gain, *difference_interval(patched, zero)), strict=True))
+            row |= dict(
+                zip(
+                    names,
+                    (_mean(patched), gain, *difference_interval(patched, zero, queries=self.queries)),
+                    strict=True,
+                )
+            )
         if divergences is not None:
-            row |= dict(zip(others, (_mean(divergences), *mean_interval(divergences)), strict=True))
+            row |= dict(
+                zip(others, (_mean(divergences), *mean_interval(divergences, queries=self.queries)), strict=True)
+            )
         return row
 
     def _cost(self, of: Callable[[TaskResult], float | None]) -> float | None:
