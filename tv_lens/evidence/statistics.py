@@ -285,8 +285,8 @@ def _difference(ones: list[Sample], others: list[Sample]) -> list[Sample]:
 
 
 def _means(seeds: list[Sample]) -> Float64[np.ndarray, " seed"]:
-    """The seeds' means in ascending order, so that no result depends on the order of seeds."""
-    return np.sort([math.fsum(seed) / len(seed) for seed in seeds])
+    """The seeds' means, in their order."""
+    return np.array([math.fsum(seed) / len(seed) for seed in seeds])
 
 
 def _mean(seeds: list[Sample]) -> float:
@@ -450,8 +450,11 @@ def _bootstrapped_ratio(recovered: list[Sample], gains: list[Sample], distinct: 
     value = _mean(recovered) / _mean(gains)
     residuals = [one - value * other for one, other in zip(recovered, gains, strict=True)]
     drawn = int(min(_effective_queries(residuals), distinct)) + len(more[0])
-    chosen = np.random.default_rng(0).integers(len(top), size=(_RESAMPLES, drawn))
-    tops, bottoms = top[chosen].mean(axis=1), bottom[chosen].mean(axis=1)
+    random = np.random.default_rng(0)
+    tops, bottoms = np.empty(_RESAMPLES), np.empty(_RESAMPLES)
+    for batch in np.array_split(np.arange(_RESAMPLES), 1 + _RESAMPLES * drawn // 2**20):
+        chosen = random.integers(len(top), size=(len(batch), drawn))
+        tops[batch], bottoms[batch] = top[chosen].mean(axis=1), bottom[chosen].mean(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = tops / bottoms
     lows, highs = np.where(bottoms > 0, ratios, -np.inf), np.where(bottoms > 0, ratios, np.inf)
@@ -480,10 +483,11 @@ def _sign_flip(sums: Float64[np.ndarray, " query"], *, two_sided: bool) -> float
         kind = "two-sided" if two_sided else "greater"
         return float(sign_flip_permutation_pvalue(torch.from_numpy(sums), n_permutations=9999, alternative=kind))
     steps: Int64[np.ndarray, " query"] = np.abs(sums[sums != 0]).astype(np.int64)
-    chances = np.ones(1)  # of the totals -reach, -reach + 2, ..., reach
-    for step in steps:
-        heads, tails = np.pad(chances, (step, 0)), np.pad(chances, (0, step))
-        chances = (heads + tails) / 2
+    chances = np.zeros(int(steps.sum()) + 1)  # of the totals -steps.sum(), ..., steps.sum(), in steps of 2
+    chances[0] = 1.0
+    for step in steps.tolist():
+        chances[step:] += chances[:-step].copy()
+        chances /= 2
     totals = 2 * np.arange(len(chances)) - steps.sum()
     observed = int(sums.sum())
     if two_sided:
