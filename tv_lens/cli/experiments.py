@@ -161,8 +161,8 @@ def run(
         as_json,
         f"{settings.model}, {settings.shots} shots, {settings.scoring} by {'first_token' if first_token else rule}, "
         f"seed {settings.seed}\naccuracy [exact 95% interval]; (+2): two more layers tie on dev prompts\n"
-        "p controls: the exact one-sided test of patched against every control, the largest p; Holm: the same, adjusted "
-        "for all rows\np zero-shot: McNemar's exact test, patched against zero-shot, two-sided",
+        "p controls: the exact one-sided test of patched against every control, the largest p; Holm: the same,\n"
+        "adjusted for all rows; p zero-shot: McNemar's exact test, patched against zero-shot, two-sided",
     )
 
 

@@ -17,7 +17,7 @@ _LINE, _ROW, _BETWEEN_ROWS, _BETWEEN_PANELS, _ABOVE, _BELOW = 14, 30, 8, 54, 92,
 # A row takes this much of the axis on either side of its middle.
 _HALF_ROW = 0.46
 
-Row = Mapping[str, Any]
+Row = Mapping[Any, Any]
 
 
 def plot_comparison(comparison: Comparison) -> go.Figure:

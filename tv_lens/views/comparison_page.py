@@ -10,7 +10,7 @@ from tv_lens.vectors import layers_text
 from tv_lens.views.comparison_tables import by_method_table, conditions_table, estimates_table
 from tv_lens.views.pages import describe_controls, describe_format, for_script, write_page
 from tv_lens.views.plots import plot
-from tv_lens.views.repeating import method_code, own_method, repeat_code
+from tv_lens.views.repeating import own_method, repeat_code
 
 
 def write_comparison(comparison: Comparison, path: str | Path) -> None:
@@ -44,8 +44,8 @@ def _facts(comparison: Comparison) -> dict[str, str]:
         "model": f"{settings.model}, {settings.n_layers} layers, {settings.dtype}",
         "tasks": f"{len(settings.tasks)}",
         "methods": "; ".join(_method_text(name, settings) for name in settings.methods),
-        "prompts": f"{settings.shots} shots; {_train_text(settings)}, {settings.n_dev} to choose a layer and a strength, "
-        f"{settings.n_test} to report, for each task and seed (fewer if a task has fewer inputs)",
+        "prompts": f"{settings.shots} shots; for each task and seed {_train_text(settings)}, {settings.n_dev} to "
+        f"choose a layer and a strength, {settings.n_test} to report (fewer if a task has fewer inputs)",
         "seeds": ", ".join(map(str, comparison.seeds)),
         "template": describe_format(settings.template),
         "layers tried": layers_text(settings.layers),
@@ -59,8 +59,14 @@ def _facts(comparison: Comparison) -> dict[str, str]:
 
 
 def _method_text(name: str, settings: Settings) -> str:
-    method = own_method(name, settings.methods[name])
-    return f"{name} = {settings.methods[name]}" if method is None else f"{name} = {method_code(method)}"
+    """A method's name, and the options that differ from the defaults."""
+    options = settings.methods[name]
+    method = own_method(name, options)
+    if method is not None:
+        defaults = type(method)().options
+        options = {key: value for key, value in options.items() if key not in defaults or value != defaults[key]}
+    shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return f"{name} ({shown})" if shown else name
 
 
 def _train_text(settings: Settings) -> str:

@@ -35,12 +35,13 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table that sorts by its headings."""
+    """A table that sorts by its headings. With `keep` the first two columns stay in view."""
 
     name: str
     caption: str
     columns: Sequence[Column]
     rows: list[list[Cell]]
+    keep: bool = False
 
     def texts(self) -> list[dict[str, str]]:
         """The text of each row's cells, by heading."""
@@ -87,8 +88,8 @@ def estimates_table(comparison: Comparison) -> Table:
     ]
     columns = [
         _text("task", "task"),
-        _text("kind", "category"),
         _text("method", "method"),
+        _text("kind", "category"),
         _number("n", "n", "d"),
         _number("zero-shot", "zero_shot"),
         _number("few-shot", "few_shot"),
@@ -110,7 +111,7 @@ def estimates_table(comparison: Comparison) -> Table:
         "A row for each task and method, all seeds together, with 95% intervals. Both p-values are adjusted for all "
         "rows by Holm's method."
     )
-    return _table("results", caption, columns, comparison.estimates().to_dict("records"))
+    return _table("results", caption, columns, comparison.estimates().to_dict("records"))._replace(keep=True)
 
 
 def conditions_table(comparison: Comparison) -> Table:
@@ -180,7 +181,7 @@ def _over_ties(row: Row) -> Cell:
 
 def _cell(value: float | None, text: str) -> Cell:
     """A cell of a number; a missing one comes before all others."""
-    return Cell(text, float(value) if _known(value) else -math.inf)
+    return Cell(text, -math.inf if value is None or not _known(value) else float(value))
 
 
 def _known(value: Any) -> bool:

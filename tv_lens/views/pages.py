@@ -29,7 +29,8 @@ def environment(*, autoescape: bool = True) -> Environment:
 
 
 def write_page(path: str | Path, name: str, /, **values: Any) -> None:
-    """Fill the template of this name in, and write the page whole or not at all. All values but `Markup` are shown as text.
+    """Fill in the template of this name, and write the page whole or not at all. All values but `Markup` are shown as
+    text.
 
     Raises:
         OSError: the folder is missing or cannot be written to.

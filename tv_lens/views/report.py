@@ -90,9 +90,9 @@ def _task(experiment: Experiment, result: TaskResult, test: dict[Any, Any]) -> d
     }
 
 
-def _conditions(scores: Evaluation) -> list[dict[str, Any]]:
+def _conditions(scores: Evaluation) -> list[dict[Any, Any]]:
     """The rows of the table of an evaluation: where each condition's vectors were written to is in words."""
-    rows: list[dict[str, Any]] = scores.to_pandas().to_dict("records")
+    rows = scores.to_pandas().to_dict("records")
     return [{**row, "layer": _written_to(scores, row["condition"])} for row in rows]
 
 
