@@ -1,6 +1,6 @@
 """Five claims of the literature on task vectors, tested on one model: for each a table, and what its numbers say.
 
-python examples/study.py [folder] [small]
+python examples/study.py [folder] [full or small] [a model's name or folder]
 
 Interrupted, it resumes from the folder. P-values of a table are adjusted by Holm's method for all of its tests.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import pandas as pd
+from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
 from tv_lens.evidence.statistics import (
@@ -29,18 +30,13 @@ BIJECTIONS = {
 }
 CONTROLLED = ("next_letter", "person_to_language", "present_to_gerund")
 
-LAYERS = (9, 17, 21)  # that vectors are learned for
-METHODS: dict[str, tv.Method] = {
-    "extract": tv.Extraction(),
-    # The mean difference between few-shot and zero-shot states, which Yang et al. add as the extracted vector.
-    "extract, added": tv.LearnedVector(start="shift", epochs=0, keep=None),
-    "learn": tv.LearnedVector(layers=LAYERS),
-    "learn, overwritten": tv.LearnedVector(layers=LAYERS, how=tv.overwrite),
-    "function vector": tv.FunctionVector(heads=40, preselect=60, n_corrupted=8),
-    "state vectors": tv.StateVectors(),
+# Layers as shares of the model's depth: those that are tried, and those that vectors are learned for.
+TRIED = (0.3, 0.43, 0.57, 0.7, 0.83)
+LEARNED = (0.3, 0.57, 0.7)
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {"n_train": 20, "n_dev": 12, "n_test": 30, "strengths": (1, 2)},
+    "small": {"n_train": 10, "n_dev": 6, "n_test": 10, "strengths": (1,)},
 }
-FULL: dict[str, Any] = {"n_train": 20, "n_dev": 12, "n_test": 30, "layers": (9, 13, 17, 21, 25), "strengths": (1, 2)}
-SMALL: dict[str, Any] = {"n_train": 10, "n_dev": 6, "n_test": 10, "layers": LAYERS, "strengths": (1,)}
 TEMPLATE = tv.other_template(tv.Template("Q: {input}\nA: {output}", separator="\n\n"))
 
 
@@ -57,12 +53,33 @@ class ExtractionInContext(tv.Method):
         return replace(vectors, usage=replace(vectors.usage, keep_demonstrations=True))
 
 
-BOTH_WAYS: dict[str, tv.Method] = {
-    "extract": tv.Extraction(),
-    "learn": tv.LearnedVector(layers=LAYERS),
-    "one vector in context": ExtractionInContext(),
-    "separator vectors": tv.SeparatorVectors(),
-}
+def layers_at(shares: Sequence[float], n_layers: int) -> tuple[int, ...]:
+    """Layers at these shares of the depth."""
+    return tuple(sorted({round(share * n_layers) for share in shares}))
+
+
+def methods(n_layers: int) -> dict[str, tv.Method]:
+    """What claims 2 to 5 compare."""
+    layers = layers_at(LEARNED, n_layers)
+    return {
+        "extract": tv.Extraction(),
+        # The mean difference between few-shot and zero-shot states, which Yang et al. add as the extracted vector.
+        "extract, added": tv.LearnedVector(start="shift", epochs=0, keep=None),
+        "learn": tv.LearnedVector(layers=layers),
+        "learn, overwritten": tv.LearnedVector(layers=layers, how=tv.overwrite),
+        "function vector": tv.FunctionVector(heads=40, preselect=60, n_corrupted=8),
+        "state vectors": tv.StateVectors(),
+    }
+
+
+def both_ways(n_layers: int) -> dict[str, tv.Method]:
+    """What claim 1 compares."""
+    return {
+        "extract": tv.Extraction(),
+        "learn": tv.LearnedVector(layers=layers_at(LEARNED, n_layers)),
+        "one vector in context": ExtractionInContext(),
+        "separator vectors": tv.SeparatorVectors(),
+    }
 
 
 @dataclass(frozen=True)
@@ -201,7 +218,7 @@ def bijections(comparison: tv.Comparison) -> Finding:
         }
     )
     for task in comparison.tasks:
-        scored = {name: answers(comparison, (task,), name) for name in BOTH_WAYS}
+        scored = {name: answers(comparison, (task,), name) for name in comparison.methods}
         scored = {"few-shot": answers(comparison, (task,), "extract", "few-shot"), **scored}
         directions = {name: by_direction(task, each) for name, each in scored.items()}
         for name, each in scored.items():
@@ -412,36 +429,34 @@ def what_is_left(mapping: Difference, form: Difference) -> str:
     return f"{unclear}, but shuffled is not clearly better than zero-shot either ({form}, p = {form.p:.1g})."
 
 
-def run(model: tv.LocalEngine, folder: str, size: Mapping[str, Any]) -> list[Finding]:
-    """All findings; two comparisons, kept in the folder."""
+def run(model: tv.LocalEngine, folder: str, size: Mapping[str, Any], names: Sequence[str] = TASKS) -> list[Finding]:
+    """All findings, from two comparisons that are kept in the folder."""
     library = tv.library()
+    common = {"seeds": (0,), "layers": layers_at(TRIED, model.n_layers), **size}
     of_tasks = tv.compare(
         model,
-        [library[name] for name in TASKS],
-        METHODS,
-        seeds=(0,),
+        [library[name] for name in names],
+        methods(model.n_layers),
         conditions=(TEMPLATE,),
         folder=f"{folder}/tasks",
-        **size,
+        **common,
     )
     of_bijections = tv.compare(
         model,
         [library[name] for name in BIJECTIONS],
-        BOTH_WAYS,
-        seeds=(0,),
+        both_ways(model.n_layers),
         conditions=(),
         folder=f"{folder}/bijections",
-        **size,
+        **common,
     )
     claims = (learned_against_extracted, heads_against_last_position, template_transfer, shuffled_control)
     return [bijections(of_bijections), *(claim(of_tasks) for claim in claims)]
 
 
-def main(folder: str = "results/study", size: str = "full") -> None:
-    model = tv.LocalEngine(tv.demo_model())
-    chosen = SMALL if size == "small" else FULL
-    print(f"{model.name}, 5 shots, seed 0, {chosen}\n")
-    for finding in run(model, folder, chosen):
+def main(folder: str = "results/study", size: str = "full", name: str | None = None) -> None:
+    model = tv.LocalEngine(tv.demo_model() if name is None else TransformerBridge.boot_transformers(name))
+    print(f"{model.name}, 5 shots, seed 0, {SIZES[size]}\n")
+    for finding in run(model, folder, SIZES[size]):
         print(finding)
 
 
