@@ -50,7 +50,7 @@ class ExtractionInContext(tv.Method):
     def __call__(self, engine: tv.Engine, task: tv.Task, prompts: Sequence[tv.Prompt], seed: int) -> tv.TaskVectors:
         """One vector per prompt and layer."""
         vectors = tv.Extraction(self.substitutes)(engine, task, prompts, seed)
-        return replace(vectors, usage=replace(vectors.usage, keep_demonstrations=True))
+        return replace(vectors, method=self.name, usage=replace(vectors.usage, keep_demonstrations=True))
 
 
 def layers_at(shares: Sequence[float], n_layers: int) -> tuple[int, ...]:
