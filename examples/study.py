@@ -120,12 +120,12 @@ class Answers(NamedTuple):
     @property
     def low(self) -> float:
         """The lower end of the 95% interval of the accuracy."""
-        return accuracy_interval(self.correct).low
+        return accuracy_interval(self.correct, queries=self.queries).low
 
     @property
     def high(self) -> float:
         """The upper end."""
-        return accuracy_interval(self.correct).high
+        return accuracy_interval(self.correct, queries=self.queries).high
 
     def to(self, queries: set[str]) -> "Answers":
         """The answers to some of the queries."""
@@ -192,7 +192,9 @@ def differences(pairs: Mapping[Any, tuple[Answers, Answers]], *, one_sided: bool
     test = better_p_value if one_sided else different_p_value
     adjusted = holm([test(one.correct, other.correct, one.queries) for one, other in pairs.values()])
     return {
-        name: Difference(one.accuracy - other.accuracy, *difference_interval(one.correct, other.correct), p)
+        name: Difference(
+            one.accuracy - other.accuracy, *difference_interval(one.correct, other.correct, queries=one.queries), p
+        )
         for (name, (one, other)), p in zip(pairs.items(), adjusted, strict=True)
     }
 
