@@ -78,6 +78,7 @@ def _set_layout(figure: go.Figure, comparison: Comparison, height: int) -> None:
         margin={"l": 30, "t": _ABOVE, "b": _BELOW},
         title={"yref": "container", "y": 1 - 20 / (_ABOVE + height + _BELOW), "yanchor": "top"},
         hovermode="closest",
+        legend_tracegroupgap=0,
     )
 
 
@@ -162,7 +163,7 @@ def _draw_controls(
         x=[row["control_accuracy"] for row in having],
         y=[_height_of(row, tasks, methods) for row in having],
         mode="markers",
-        marker={"symbol": "line-ns", "size": 9, "line": {"color": "#000000", "width": 2}},
+        marker={"symbol": "line-ns", "size": 10, "line": {"color": "#000000", "width": 2}},
         text=[
             f"{plain(row['task'])}, {plain(row['method'])}<br>strongest control: {plain(row['strongest_control'])} "
             f"{row['control_accuracy']:.2f}"
