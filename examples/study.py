@@ -8,7 +8,8 @@ Interrupted, it resumes from the folder. P-values of a table are adjusted by Hol
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from html import escape
+from typing import Any, ClassVar, TypeAlias
 
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
@@ -22,13 +23,12 @@ from tv_lens.evidence.statistics import (
     holm,
 )
 
-TASKS = ("present_to_gerund", "present_to_past", "antonyms", "next_letter", "person_to_language")
+TASKS = ("present_to_gerund", "antonyms", "next_letter", "person_to_language")
 # A mapping mixed with its inverse, and the two.
 BIJECTIONS = {
     "swap_upper_lower": ("to_upper", "to_lower"),
     "swap_singular_plural": ("singular_to_plural", "plural_to_singular"),
 }
-CONTROLLED = ("next_letter", "person_to_language", "present_to_gerund")
 
 # Layers as shares of the model's depth: those that are tried, and those that vectors are learned for.
 TRIED = (0.3, 0.43, 0.57, 0.7, 0.83)
@@ -67,8 +67,8 @@ def methods(n_layers: int) -> dict[str, tv.Method]:
         "extract, added": tv.LearnedVector(start="shift", epochs=0, keep=None),
         "learn": tv.LearnedVector(layers=layers),
         "learn, overwritten": tv.LearnedVector(layers=layers, how=tv.overwrite),
-        "function vector": tv.FunctionVector(heads=40, preselect=60, n_corrupted=8),
-        "state vectors": tv.StateVectors(),
+        "function_vector": tv.FunctionVector(heads=40, preselect=60, n_corrupted=8),
+        "state_vectors": tv.StateVectors(),
     }
 
 
@@ -77,8 +77,8 @@ def both_ways(n_layers: int) -> dict[str, tv.Method]:
     return {
         "extract": tv.Extraction(),
         "learn": tv.LearnedVector(layers=layers_at(LEARNED, n_layers)),
-        "one vector in context": ExtractionInContext(),
-        "separator vectors": tv.SeparatorVectors(),
+        "extract_in_context": ExtractionInContext(),
+        "separator_vectors": tv.SeparatorVectors(),
     }
 
 
@@ -93,12 +93,17 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.claim}\n\n{self.table.to_string(index=False)}\n\n{self.verdict}\n"
 
+    def _repr_html_(self) -> str:
+        lines = "".join(f"<p>{escape(line)}</p>" for line in self.verdict.splitlines())
+        return f"<p><b>{escape(self.claim)}</b></p>{self.table.to_html(index=False)}{lines}"
+
 
 # Two methods, the first compared with the second.
 Pair: TypeAlias = tuple[str, str]
 
 
-class Answers(NamedTuple):
+@dataclass(frozen=True)
+class Answers:
     """Which answers were right, and to which queries, by seed."""
 
     correct: list[list[bool]]
@@ -136,7 +141,8 @@ class Answers(NamedTuple):
         )
 
 
-class Difference(NamedTuple):
+@dataclass(frozen=True)
+class Difference:
     """An accuracy minus another on the same queries, with its 95% interval, and the adjusted p of an exact test."""
 
     value: float
@@ -213,8 +219,8 @@ def bijections(comparison: tv.Comparison) -> Finding:
     several = differences(
         {
             task: (
-                answers(comparison, (task,), "separator vectors"),
-                answers(comparison, (task,), "one vector in context"),
+                answers(comparison, (task,), "separator_vectors"),
+                answers(comparison, (task,), "extract_in_context"),
             )
             for task in comparison.tasks
         }
@@ -275,21 +281,26 @@ def one_learned(learned: Answers) -> str:
 
 def learned_against_extracted(comparison: tv.Comparison) -> Finding:
     """Learned against extracted vectors, if both overwrite and if both are added."""
-    pairs = {"overwrite": ("learn, overwritten", "extract"), "add": ("learn", "extract, added")}
-    writes = ("extract", "extract, added")
-    by_key = contrasts(comparison, [*pairs.values(), writes])
-    supported = [write for write, pair in pairs.items() if by_key["all", pair].better]
-    outcome = f"Supported if both {' and if both '.join(supported)}." if supported else "Not on this model."
+    overwrite, add, writes = (
+        ("learn, overwritten", "extract"),
+        ("learn", "extract, added"),
+        ("extract", "extract, added"),
+    )
+    pairs = present(comparison, [overwrite, add, writes])
+    by_key = contrasts(comparison, pairs)
+    words = {overwrite: "both overwrite", add: "both are added"}
+    supported = [text for pair, text in words.items() if pair in pairs and by_key["all", pair].better]
+    outcome = f"Supported if {' and if '.join(supported)}." if supported else "Not on this model."
     return Finding(
         "2. Learned vectors are far better than extracted ones (Yang et al., arXiv 2509.24169, who add both).",
         table_of(comparison, by_key),
-        " ".join([outcome, *(sentence(by_key, pair) for pair in (*pairs.values(), writes))]),
+        "\n".join([outcome, *(sentence(by_key, pair) for pair in pairs)]),
     )
 
 
 def heads_against_last_position(comparison: tv.Comparison) -> Finding:
     """Vectors from attention heads against the residual stream at the last position."""
-    pairs = [("function vector", "extract"), ("state vectors", "extract")]
+    pairs = present(comparison, [("function_vector", "extract"), ("state_vectors", "extract")])
     by_key = contrasts(comparison, pairs)
     supported = [pair[0] for pair in pairs if by_key["all", pair].better]
     outcome = f"Supported for {' and '.join(supported)}." if supported else "Not on this model."
@@ -297,8 +308,18 @@ def heads_against_last_position(comparison: tv.Comparison) -> Finding:
         "3. Vectors from attention heads carry a task better than the state of the last position (function vectors: "
         "Todd et al., arXiv 2310.15213; state vectors: Li et al., arXiv 2404.11225).",
         table_of(comparison, by_key),
-        " ".join([outcome, *(sentence(by_key, pair) for pair in pairs)]),
+        "\n".join([outcome, *(sentence(by_key, pair) for pair in pairs)]),
     )
+
+
+def present(comparison: tv.Comparison, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs of methods that the comparison has."""
+    known = [pair for pair in pairs if set(pair) <= set(comparison.methods)]
+    if not known:
+        raise tv.TvLensError(
+            f"{comparison!r} has none of these pairs of methods: {pairs}; compare the methods of a pair"
+        )
+    return known
 
 
 def contrasts(comparison: tv.Comparison, pairs: Sequence[Pair]) -> dict[tuple[str, Pair], Difference]:
@@ -336,7 +357,7 @@ def sentence(by_key: Mapping[tuple[str, Pair], Difference], pair: Pair) -> str:
     better = [label for label, each in tasks.items() if each.better]
     worse = [label for label, each in tasks.items() if each.worse]
     return (
-        f"Over all tasks {pair[0]!r} is {by_key['all', pair].words} than {pair[1]!r}; by task it is better in "
+        f"{pair[0]!r} is {by_key['all', pair].words} than {pair[1]!r} over all tasks; by task it is better in "
         f"{', '.join(better) or 'none'} and worse in {', '.join(worse) or 'none'}."
     )
 
@@ -386,7 +407,8 @@ def template_transfer(comparison: tv.Comparison) -> Finding:
 
 def shuffled_control(comparison: tv.Comparison) -> Finding:
     """What a vector of permuted demonstrations, or permuted answers, leaves of a vector's effect."""
-    keys = [(task, name) for name in ("extract", "learn") for task in CONTROLLED if task in comparison.tasks]
+    names = [name for name in ("extract", "learn") if name in comparison.methods]
+    keys = [(task, name) for name in names for task in comparison.tasks]
     scores = {
         (task, name): {
             condition: answers(comparison, (task,), name, condition)
@@ -420,13 +442,16 @@ def shuffled_control(comparison: tv.Comparison) -> Finding:
 def what_is_left(mapping: Difference, form: Difference) -> str:
     """What it means that a vector is better than its shuffled control, or is not."""
     if mapping.better:
-        return f"better than shuffled ({mapping}, p = {mapping.p:.1g}). The vector holds the mapping."
+        return (
+            f"better than shuffled ({mapping}, p = {mapping.p:.1g}). So the vector holds more than which answers are "
+            "possible: it holds the mapping, or a part of it."
+        )
     unclear = f"not shown to be better than shuffled ({mapping}, p = {mapping.p:.1g})"
     if form.better:
         return (
             f"{unclear}, and shuffled is better than zero-shot ({form}, p = {form.p:.1g}). Permuted demonstrations "
             "show which answers are possible and what they look like, but not which one belongs to which input. So "
-            "the gain over zero-shot is no evidence that the vector holds the mapping."
+            "the gain over zero-shot is not evidence that the vector holds the mapping: the query can do the rest."
         )
     return f"{unclear}, but shuffled is not clearly better than zero-shot either ({form}, p = {form.p:.1g})."
 
@@ -448,6 +473,7 @@ def run(model: tv.LocalEngine, folder: str, size: Mapping[str, Any], names: Sequ
         [library[name] for name in BIJECTIONS],
         both_ways(model.n_layers),
         conditions=(),
+        controls=(),
         folder=f"{folder}/bijections",
         **common,
     )

@@ -61,8 +61,7 @@ def comparison_with(rights: Mapping[str, Mapping[str, int]]) -> Comparison:
 
 def patched(**rights: int) -> Comparison:
     """How many of 30 answers are right with the vectors of a method, whose comma is written as two underscores."""
-    names = {name: name.replace("__", ", ").replace("_", " ") for name in rights}
-    return comparison_with({names[name]: {"patched": count} for name, count in rights.items()})
+    return comparison_with({name.replace("__", ", "): {"patched": count} for name, count in rights.items()})
 
 
 def test_a_difference_is_tested_and_adjusted() -> None:
@@ -96,15 +95,23 @@ def test_a_difference_is_clear_by_test_and_interval(difference: study.Difference
 
 def test_learned_vectors_can_be_better_under_either_write() -> None:
     both = patched(extract=3, learn=20, extract__added=3, learn__overwritten=20)
-    assert study.learned_against_extracted(both).verdict.startswith("Supported if both overwrite and if both add.")
+    assert study.learned_against_extracted(both).verdict.startswith(
+        "Supported if both overwrite and if both are added."
+    )
     added = study.learned_against_extracted(patched(extract=20, learn=20, extract__added=3, learn__overwritten=20))
-    assert added.verdict.startswith("Supported if both add. ")
+    assert added.verdict.startswith("Supported if both are added.\n")
     assert "'learn, overwritten' is not shown to be better or worse (+0.00" in added.verdict
     assert "'extract' is better (+0.57" in added.verdict  # than the same vectors, added
     neither = study.learned_against_extracted(patched(extract=20, learn=3, extract__added=20, learn__overwritten=3))
     assert neither.verdict.startswith("Not on this model.")
     assert "'learn' is worse (-0.57" in neither.verdict
     assert "worse in present_to_gerund, next_letter" in neither.verdict
+
+
+def test_methods_that_were_not_run_are_an_error() -> None:
+    only = [each for each in patched().experiments[0].results if each.method in ("learn", "state_vectors")]
+    with pytest.raises(tv.TvLensError, match="compare the methods of a pair"):
+        study.heads_against_last_position(comparison_of(only))
 
 
 def test_tasks_are_counted_each_and_together() -> None:
@@ -117,11 +124,11 @@ def test_tasks_are_counted_each_and_together() -> None:
 
 def test_heads_are_compared_with_the_last_position() -> None:
     supported = study.heads_against_last_position(patched(extract=3, function_vector=20, state_vectors=3))
-    assert supported.verdict.startswith("Supported for function vector.")
+    assert supported.verdict.startswith("Supported for function_vector.")
     refused = study.heads_against_last_position(patched(extract=20, function_vector=3, state_vectors=20))
     assert refused.verdict.startswith("Not on this model.")
-    assert "'function vector' is worse" in refused.verdict
-    assert "'state vectors' is not shown" in refused.verdict
+    assert "'function_vector' is worse" in refused.verdict
+    assert "'state_vectors' is not shown" in refused.verdict
 
 
 def test_vectors_are_sorted_by_what_is_left_in_another_template() -> None:
@@ -130,7 +137,7 @@ def test_vectors_are_sorted_by_what_is_left_in_another_template() -> None:
             {
                 "extract": {"patched": 20, "elsewhere": 20},
                 "learn": {"patched": 25, "elsewhere": 10},
-                "state vectors": {"patched": 25, "elsewhere": 0},
+                "state_vectors": {"patched": 25, "elsewhere": 0},
             }
         )
     )
@@ -139,7 +146,7 @@ def test_vectors_are_sorted_by_what_is_left_in_another_template() -> None:
     not_here = finding.verdict.partition("Not on this model")[2]
     assert all(name in not_here for name in METHODS if name not in ("extract", "learn"))
     left = dict(zip(finding.table["method"], finding.table["left"], strict=True))
-    assert [left[name] for name in ("extract", "learn", "state vectors", "function vector")] == [
+    assert [left[name] for name in ("extract", "learn", "state_vectors", "function_vector")] == [
         "1.00",
         "0.40",
         "0.00",
@@ -161,8 +168,8 @@ def test_the_shuffled_control_has_three_outcomes() -> None:
         [line] = [line for line in finding.verdict.splitlines() if line.startswith("next_letter, extract")]
         return line
 
-    assert "The vector holds the mapping." in verdict(20, 2)
-    assert "is no evidence that the vector holds the mapping" in verdict(20, 20)
+    assert "it holds the mapping, or a part of it" in verdict(20, 2)
+    assert "is not evidence that the vector holds the mapping" in verdict(20, 20)
     assert "but shuffled is not clearly better than zero-shot either" in verdict(1, 0)
 
 
@@ -181,7 +188,7 @@ def bijection(right: Mapping[str, tuple[int, int]]) -> study.Finding:
 
 def test_a_bijection_is_judged_by_direction() -> None:
     finding = bijection(
-        {"extract": (12, 0), "learn": (12, 12), "one vector in context": (6, 0), "separator vectors": (12, 8)}
+        {"extract": (12, 0), "learn": (12, 12), "extract_in_context": (6, 0), "separator_vectors": (12, 8)}
     )
     [row] = finding.table[finding.table["vector"] == "extract"].to_dict("records")
     # Clopper and Pearson: 12 of 12 is above 0.025^(1/12) = 0.74, 0 of 12 below 0.26.
