@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -271,7 +272,7 @@ def draw_row(data: st.DataObject, engine: Engine, text: str) -> list[int]:
     """The tokens of a text, perhaps cut short within a character, perhaps with any other tokens after them."""
     ids = engine.text.piece_ids(text)
     kept = data.draw(st.sampled_from([len(ids), data.draw(st.integers(0, len(ids)))]))
-    return ids[:kept] + data.draw(st.lists(st.integers(3, 270), max_size=3))
+    return ids[:kept] + data.draw(st.lists(st.integers(0, 270), max_size=3))
 
 
 @settings(max_examples=500, deadline=None)
@@ -296,6 +297,19 @@ def test_a_character_is_settled_when_it_is_complete(tokenizer: str, expected: li
     codec = tv.LocalEngine(make_twins("gpt2", TOKENIZERS[tokenizer]()).bridge).text
     ids = codec.piece_ids("日a")[-4:]
     assert [codec.settled(ids[:n]) for n in range(5)] == expected
+    special = 0  # it has no text, so that bytes before and after it are in a row
+    assert codec.settled([*ids[:3], special]) == expected[3]
+
+
+def test_nothing_is_settled_by_a_tokenizer_that_joins_pieces_anew(gpt2: Twins, tmp_path: Path) -> None:
+    """Those written in Python may do so; this one marks pieces of words with "@@ "."""
+    (tmp_path / "vocab.json").write_text('{"<unk>": 0, "col@@": 1, "d": 2}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    kind: Any = transformers.CTRLTokenizer
+    gpt2.bridge.tokenizer = kind(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    codec = tv.LocalEngine(gpt2.bridge).text
+    assert [codec.decode(ids) for ids in ([1], [1, 2])] == ["col@@", "cold"]
+    assert codec.settled([1]) == ""
 
 
 # Rows

@@ -277,7 +277,7 @@ class Cell:
             name for name in self.evaluations[0].controls if all(name in each.controls for each in self.evaluations)
         ]
 
-    def correct(self, condition: str) -> Seeds:
+    def correct(self, condition: str) -> list[tuple[bool, ...]]:
         """Which answers were right under a condition, by seed."""
         return [evaluation.conditions[condition].correct for evaluation in self.evaluations]
 
