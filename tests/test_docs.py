@@ -102,6 +102,14 @@ def test_the_page_on_tokens_shows_what_show_tokens_prints(demo: TransformerBridg
     assert doctest.DocTestRunner().run(session).failed == 0
 
 
+def test_the_page_on_statistics_shows_what_its_functions_return() -> None:
+    page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
+    session = "\n".join(re.findall(r"^```pycon\n(.*?)^```$", page, re.M | re.S))
+    examples = doctest.DocTestParser().get_doctest(session, {}, "statistics.md", None, 0)
+    assert len(examples.examples) == 24
+    assert doctest.DocTestRunner().run(examples).failed == 0
+
+
 @pytest.mark.parametrize(
     ("example", "shown"),
     [
