@@ -6,7 +6,7 @@ Interrupted, it resumes from the folder. P-values of a table are adjusted by Hol
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from typing import Any, ClassVar, TypeAlias
@@ -172,6 +172,10 @@ class Difference:
 
 def with_interval(value: float, low: float, high: float, sign: str = "") -> str:
     return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def answers(comparison: tv.Comparison, tasks: Sequence[str], method: str, condition: str = "patched") -> Answers:
@@ -358,7 +362,7 @@ def sentence(by_key: Mapping[tuple[str, Pair], Difference], pair: Pair) -> str:
     worse = [label for label, each in tasks.items() if each.worse]
     return (
         f"{pair[0]!r} is {by_key['all', pair].words} than {pair[1]!r} over all tasks; by task it is better in "
-        f"{', '.join(better) or 'none'} and worse in {', '.join(worse) or 'none'}."
+        f"{listed(better)} and worse in {listed(worse)}."
     )
 
 
@@ -393,12 +397,13 @@ def template_transfer(comparison: tv.Comparison) -> Finding:
     losing = [name for name in gaining if by_key[name, "loss"].worse]
     whole = [name for name in gaining if name not in losing]
     nothing = [name for name in comparison.methods if name not in gaining]
+    left = {name: f"{name} ({row['left']} left)" for name, row in zip(comparison.methods, rows, strict=True)}
     return Finding(
         "4. A vector works in other templates than the one it is from (Todd et al., arXiv 2310.15213).",
         pd.DataFrame(rows),
-        f"Layer and strength are those of the own template. Without a clear loss: {', '.join(whole) or 'none'}. Less "
-        f"than in the own template, but more than without a vector: {', '.join(losing) or 'none'}. Not on this model, "
-        f"as they do not help clearly in another template: {', '.join(nothing) or 'none'}.",
+        f"Without a clear loss: {listed(left[name] for name in whole)}. Less than in the own template, but more than "
+        f"without a vector: {listed(left[name] for name in losing)}. Not on this model, as they do not clearly help in "
+        f"another template: {listed(nothing)}. (Layer and strength are those of the own template.)",
     )
 
 
@@ -406,54 +411,60 @@ def template_transfer(comparison: tv.Comparison) -> Finding:
 
 
 def shuffled_control(comparison: tv.Comparison) -> Finding:
-    """What a vector of permuted demonstrations, or permuted answers, leaves of a vector's effect."""
-    names = [name for name in ("extract", "learn") if name in comparison.methods]
-    keys = [(task, name) for name in names for task in comparison.tasks]
-    scores = {
-        (task, name): {
-            condition: answers(comparison, (task,), name, condition)
-            for condition in ("zero-shot", "few-shot", "patched", "shuffled")
-        }
-        for task, name in keys
-    }
-    mapping = differences({key: (each["patched"], each["shuffled"]) for key, each in scores.items()}, one_sided=True)
-    form = differences({key: (each["shuffled"], each["zero-shot"]) for key, each in scores.items()})
+    """What is left of a vector's effect if the vector of shuffled demonstrations is the baseline, not zero-shot.
+
+    Learned vectors have the same baseline. Their own control, trained on permuted answers, gets wrong answers, and
+    does not even show what permuted demonstrations show.
+    """
+    tasks, names = comparison.tasks, [name for name in ("extract", "learn") if name in comparison.methods]
+    vector = {(task, name): answers(comparison, (task,), name) for name in names for task in tasks}
+    shuffled, zero_shot, few_shot = (
+        {task: answers(comparison, (task,), "extract", condition) for task in tasks}
+        for condition in ("shuffled", "zero-shot", "few-shot")
+    )
+    mapping = differences({key: (each, shuffled[key[0]]) for key, each in vector.items()}, one_sided=True)
+    form = differences({task: (shuffled[task], zero_shot[task]) for task in tasks})
     rows = [
         {
             "task": task,
             "method": name,
-            "zero-shot": scores[task, name]["zero-shot"].accuracy,
-            "few-shot": scores[task, name]["few-shot"],
-            "vector": scores[task, name]["patched"],
-            "shuffled": scores[task, name]["shuffled"],
+            "zero-shot": zero_shot[task],
+            "few-shot": few_shot[task],
+            "shuffled": shuffled[task],
+            "p shuffled, zero-shot": f"{form[task].p:.1g}",
+            "vector": vector[task, name],
             "vector - shuffled": mapping[task, name],
             "p": f"{mapping[task, name].p:.1g}",
-            "p shuffled, zero-shot": f"{form[task, name].p:.1g}",
+            "own control": answers(comparison, (task,), name, "shuffled"),
         }
-        for task, name in keys
+        for task, name in vector
     ]
     return Finding(
         "5. A vector that beats zero-shot holds the task's mapping (implied if zero-shot is the only baseline).",
         pd.DataFrame(rows),
-        "\n".join(f"{task}, {name}: {what_is_left(mapping[task, name], form[task, name])}" for task, name in keys),
+        "\n".join(what_is_left(name, {task: mapping[task, name] for task in tasks}, form) for name in names),
     )
 
 
-def what_is_left(mapping: Difference, form: Difference) -> str:
-    """What it means that a vector is better than its shuffled control, or is not."""
-    if mapping.better:
-        return (
-            f"better than shuffled ({mapping}, p = {mapping.p:.1g}). So the vector holds more than which answers are "
-            "possible: it holds the mapping, or a part of it."
+def what_is_left(name: str, mapping: Mapping[str, Difference], form: Mapping[str, Difference]) -> str:
+    """What it means that the vectors of a method are better than shuffled, or are not."""
+    better = [task for task, each in mapping.items() if each.better]
+    as_shuffled = [task for task, each in mapping.items() if not each.better and form[task].better]
+    unclear = [task for task in mapping if task not in better and task not in as_shuffled]
+    sentences = [
+        f"{name}: better than the vector of shuffled demonstrations in {listed(better)}."
+        + (" There the vector holds more than which answers are possible." if better else "")
+    ]
+    if as_shuffled:
+        sentences.append(
+            f"Not shown to be better in {listed(as_shuffled)}, where shuffled is better than zero-shot. Shuffled "
+            "demonstrations show which answers are possible and what they look like, but not which one belongs to "
+            "which input. So the accuracy over zero-shot is not evidence that the vector holds the mapping there: "
+            "the model can choose the answer from the query, once it knows the kind of answer."
         )
-    unclear = f"not shown to be better than shuffled ({mapping}, p = {mapping.p:.1g})"
-    if form.better:
-        return (
-            f"{unclear}, and shuffled is better than zero-shot ({form}, p = {form.p:.1g}). Permuted demonstrations "
-            "show which answers are possible and what they look like, but not which one belongs to which input. So "
-            "the gain over zero-shot is not evidence that the vector holds the mapping: the query can do the rest."
-        )
-    return f"{unclear}, but shuffled is not clearly better than zero-shot either ({form}, p = {form.p:.1g})."
+    if unclear:
+        sentences.append(f"Neither is shown in {listed(unclear)}.")
+    return " ".join(sentences)
 
 
 def run(model: tv.LocalEngine, folder: str, size: Mapping[str, Any], names: Sequence[str] = TASKS) -> list[Finding]:

@@ -141,8 +141,8 @@ def test_vectors_are_sorted_by_what_is_left_in_another_template() -> None:
             }
         )
     )
-    assert "Without a clear loss: extract." in finding.verdict
-    assert "more than without a vector: learn." in finding.verdict
+    assert "Without a clear loss: extract (1.00 left)." in finding.verdict
+    assert "more than without a vector: learn (0.40 left)." in finding.verdict
     not_here = finding.verdict.partition("Not on this model")[2]
     assert all(name in not_here for name in METHODS if name not in ("extract", "learn"))
     left = dict(zip(finding.table["method"], finding.table["left"], strict=True))
@@ -164,13 +164,29 @@ def test_a_gain_in_another_template_is_counted_from_there() -> None:
 def test_the_shuffled_control_has_three_outcomes() -> None:
     def verdict(vector: int, shuffled: int) -> str:
         rights = {"extract": {"patched": vector, "shuffled": shuffled}, "learn": {"patched": 30}}
-        finding = study.shuffled_control(comparison_with(rights))
-        [line] = [line for line in finding.verdict.splitlines() if line.startswith("next_letter, extract")]
+        [line, learned] = study.shuffled_control(comparison_with(rights)).verdict.splitlines()
+        assert learned.startswith(
+            "learn: better than the vector of shuffled demonstrations in present_to_gerund, next_"
+        )
         return line
 
-    assert "it holds the mapping, or a part of it" in verdict(20, 2)
-    assert "is not evidence that the vector holds the mapping" in verdict(20, 20)
-    assert "but shuffled is not clearly better than zero-shot either" in verdict(1, 0)
+    both = "present_to_gerund, next_letter"
+    assert verdict(20, 2).startswith(f"extract: better than the vector of shuffled demonstrations in {both}. There")
+    as_shuffled = verdict(20, 20)
+    assert as_shuffled.startswith("extract: better than the vector of shuffled demonstrations in none. Not shown")
+    assert f"Not shown to be better in {both}, where shuffled is better than zero-shot." in as_shuffled
+    assert "is not evidence that the vector holds the mapping" in as_shuffled
+    assert verdict(1, 0).endswith(f"in none. Neither is shown in {both}.")
+
+
+def test_learned_vectors_are_compared_with_the_vector_of_shuffled_demonstrations() -> None:
+    """And not with their own control, which is wrong about everything."""
+    rights = {"extract": {"patched": 20, "shuffled": 20}, "learn": {"patched": 20, "shuffled": 0}}
+    finding = study.shuffled_control(comparison_with(rights))
+    assert "learn: better than the vector of shuffled demonstrations in none." in finding.verdict
+    learned = finding.table[finding.table["method"] == "learn"]
+    assert [each.value for each in learned["vector - shuffled"]] == [0, 0]
+    assert [each.accuracy for each in learned["own control"]] == [0, 0]
 
 
 def bijection(right: Mapping[str, tuple[int, int]]) -> study.Finding:
