@@ -265,7 +265,7 @@ def one_extracted(scored: Mapping[str, Answers], directions: Mapping[str, Answer
     else:
         half = "does neither direction clearly better than the other"
     if extracted.low > 0.5:
-        cap = "is above one half, so there is no cap"
+        cap = "is above one half, so nothing caps it"
     elif few_shot.low > 0.5:
         cap = "is not above one half although few-shot is, as the claim says"
     else:

@@ -222,7 +222,7 @@ def test_a_cap_needs_a_model_that_can_do_the_bijection() -> None:
     assert "neither is few-shot (0.33" in finding.verdict
     assert "not shown to be above one half" in finding.verdict
     assert "several vectors are not shown to be better or worse" in finding.verdict
-    assert "is above one half, so there is no cap" in bijection(dict.fromkeys(rights, (12, 12))).verdict
+    assert "is above one half, so nothing caps it" in bijection(dict.fromkeys(rights, (12, 12))).verdict
 
 
 def test_the_study_runs_and_resumes(llama: Twins, tmp_path: Path) -> None:
