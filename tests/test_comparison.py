@@ -16,6 +16,7 @@ import tv_lens as tv
 from tv_lens import Choice, Comparison, Evaluation, Experiment, Score, Sweep, TaskResult
 from tv_lens.evidence.controls import random_like
 from tv_lens.evidence.results import tied_choices
+from tv_lens.evidence.statistics import accuracy_interval, difference_interval, exact_interval, share_recovered
 from tv_lens.evidence.tuning import tune
 
 
@@ -172,7 +173,7 @@ def test_comparisons_are_saved_and_read_back(comparison: Comparison, tmp_path: P
         Comparison.load(tmp_path / "c.json")
 
 
-def test_wrong_use_of_a_comparison_says_what_to_do(llama: Twins) -> None:
+def test_wrong_use_of_a_comparison_says_what_to_do(llama: Twins, as_users_run_it: None) -> None:
     for options, message in (
         ({"seeds": ()}, "seeds are .*at least one"),
         ({"seeds": (1, 1)}, "each of them once"),
@@ -345,7 +346,7 @@ def test_vectors_and_controls_are_tuned_as_each_of_them_alone(llama: Twins) -> N
 def test_a_table_over_ties_shows_the_range_on_test(llama: Twins) -> None:
     """With a rule that accepts everything, all layers tie, and all of them are tested."""
     task = replace(WORDS, accepts=tv.Rule("all", lambda prediction, answer: True))
-    [result] = tv.run_experiment(llama.bridge, [task], shots=2, n_dev=3, n_test=3, max_new_tokens=1).results
+    [result] = tv.run_experiment(llama.bridge, [task], shots=2, n_dev=3, n_test=3, max_new_tokens=2).results
     assert [choice.layer for choice in result.ties] == [0, 1, 2, 3]
     assert result.tied_accuracies == (1, 1, 1, 1)
     mixed = replace(result, tied_accuracies=(1, 0.25, 0.5, 1))
@@ -373,3 +374,20 @@ def test_a_strength_multiplies_what_is_written(llama: Twins) -> None:
     assert result.evaluation.patched.texts == texts
     assert result.evaluation.strength == 4
     assert set(result.evaluation.to_pandas()["strength"].dropna()) == {4.0}
+
+
+def test_answers_that_are_repeated_in_every_seed_say_no_more_than_those_of_one() -> None:
+    first, second, few = (1, 1, 1, 0, 0, 0, 0, 1), (0, 0, 0, 0, 0, 0, 0, 1), (1,) * 8
+    queries = [[str(i) for i in range(8)]]
+    one = accuracy_interval([first], queries=queries)
+    assert one == pytest.approx(exact_interval([bool(each) for each in first]))
+    assert accuracy_interval([first] * 3, queries=queries * 3) == pytest.approx(one)
+    assert accuracy_interval([first] * 3).low > one.low  # as if they were different queries
+    difference = difference_interval([first], [second], queries=queries)
+    assert difference_interval([first] * 3, [second] * 3, queries=queries * 3) == pytest.approx(difference)
+    share = share_recovered([first] * 3, [(0,) * 8] * 3, [few] * 3, queries=queries * 3)
+    as_if_different = share_recovered([first] * 3, [(0,) * 8] * 3, [few] * 3)
+    assert share is not None
+    assert as_if_different is not None
+    assert share.low < as_if_different.low
+    assert share.high > as_if_different.high

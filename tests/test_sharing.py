@@ -34,7 +34,7 @@ def ids_of(engine: tv.LocalEngine, prompts: list[tv.Prompt]) -> list[list[int]]:
 
 
 def common(rows: list[list[int]]) -> int:
-    """How many tokens the rows begin with in common, if each keeps one of its own."""
+    """How many tokens the rows begin with in common, if each keeps at least one more."""
     n = 0
     while n < min(map(len, rows)) - 1 and len({row[n] for row in rows}) == 1:
         n += 1

@@ -17,9 +17,12 @@ from torch.nn.functional import kl_div
 
 from tv_lens.answers import answer_ids, expected_answers
 from tv_lens.edits import Edits
-from tv_lens.engines import Engine, Past, Prefixes, Tokens, map_rows
-from tv_lens.generation import Answer, finite_logits, greedy, narrowed
+from tv_lens.engines import Capability, Engine, Past, Prefixes, Tokens, map_rows
+from tv_lens.generation import Answer, encode, finite_logits, greedy, narrowed
 from tv_lens.prompts import Prompt
+
+# A token that the model rules out has this log-probability, so that 0 times it is 0.
+_LEAST = -1e30
 
 # So many rows at once are compared with a distribution, which needs several copies of their logits.
 _COMPARED = 32
@@ -58,18 +61,15 @@ def measure(  # noqa: PLR0913 - its options are keywords
         EngineError: the model's logits are NaN or infinite.
     """
     k, n = len(conditions), len(prompts)
-    expected = expected_answers(prompts, None)
-    targets = [
-        answer_ids(engine, prompt, own, answer, i)
-        for i, (prompt, own, answer) in enumerate(zip(prompts, ids, expected, strict=True))
-    ]
+    targets = check_answers_fit(engine, prompts, ids)
+    new_tokens = max(max_new_tokens, *map(len, targets)) - 1
     stops = {prompt.template: engine.text.stop_of(prompt) for prompt in prompts}
     begun = [Answer(prompts[i], stops[prompts[i].template], "", i) for i in range(n) for _ in range(k)]
     logprobs, divergences = torch.zeros(2, n * k, dtype=torch.float32, device="cpu")
     following: dict[int, Float[Tensor, " d_vocab"]] = {}
 
     def observe(rows: list[int], logits: Float[Tensor, "row d_vocab"]) -> None:
-        chosen = logits.log_softmax(dim=-1)
+        chosen = logits.log_softmax(dim=-1).clamp_min(_LEAST)
         if teacher is not None:
             expected_next = teacher[[row // k for row in rows]].to(chosen.device)
             divergences[rows] = kl_div(chosen, expected_next, reduction="none", log_target=True).sum(dim=-1).cpu()
@@ -95,8 +95,10 @@ def measure(  # noqa: PLR0913 - its options are keywords
         [[row] * k * copies for row in ids],
         work,
         edits=edits if splits else edits.repeat(copies),
-        new_tokens=max(max_new_tokens, *map(len, targets)) - 1,
+        new_tokens=new_tokens,
         kept=kept,
+        # After the first step there are two rows for each.
+        max_rows=max(1, engine.limits.rows(max(map(len, ids)) + new_tokens) // 2) if splits else None,
     )
     return [
         Measured(
@@ -107,6 +109,25 @@ def measure(  # noqa: PLR0913 - its options are keywords
         )
         for j in range(k)
     ]
+
+
+def check_answers_fit(engine: Engine, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The tokens of each prompt's answer.
+
+    Raises:
+        TvLensError: a prompt without an answer, or too long for it.
+        UnsupportedError: an answer of several tokens, and an engine that cannot continue.
+    """
+    expected = expected_answers(prompts, None)
+    targets = [
+        answer_ids(engine, prompt, own, answer, i)
+        for i, (prompt, own, answer) in enumerate(zip(prompts, ids, expected, strict=True))
+    ]
+    longest = max(map(len, targets))
+    if longest > 1:
+        engine.require(Capability.CONTINUE)
+        encode(engine, prompts, longest)
+    return targets
 
 
 class _Lane(NamedTuple):
@@ -141,7 +162,7 @@ class _Pair:
             first = splits and step == 0
             self._add(logits, lanes, step, every=first)
             for lane, token in zip(lanes, chosen, strict=True):
-                if not lane.forced and not self.answers[lane.row].ended:
+                if not lane.forced and step < self.max_new_tokens and not self.answers[lane.row].ended:
                     self.answers[lane.row].append(self.engine, token)
             past = output.past
             if first:
@@ -170,9 +191,8 @@ class _Pair:
             slot for slot, lane in enumerate(lanes) if (lane.forced or every) and step < len(self.targets[lane.row])
         ]
         if slots:
-            index = torch.tensor([self.targets[lanes[slot].row][step] for slot in slots], device=logits.device)
-            given = logits[slots]
-            likely = given.gather(1, index[:, None]).squeeze(1) - given.logsumexp(dim=-1)
+            chosen = [self.targets[lanes[slot].row][step] for slot in slots]
+            likely = logits[slots, chosen] - logits.logsumexp(dim=-1)[slots]
             self.logprobs[[lanes[slot].row for slot in slots]] += likely.cpu()
 
     def _is_alive(self, lane: _Lane, step: int) -> bool:

@@ -118,8 +118,8 @@ class BridgeCodec(TextCodec):
         return text
 
     def settled(self, ids: Sequence[int]) -> str:
-        """What of the text no later ids can change. Nothing is known of tokenizers written in Python, which may join
-        pieces in any way.
+        """The text that no later ids can change. Tokenizers written in Python may join pieces in any way, so for them
+        nothing is known.
         """
         tokenizer = self._bridge.tokenizer
         if not tokenizer.is_fast:

@@ -64,9 +64,10 @@ class Charge:
 
 @dataclass(eq=False)
 class Reads:
-    """Rows that have been read, and what they cost."""
+    """Rows that have been read, and what they cost. Rows that are in `charged` are not charged again."""
 
     charge: Charge = field(default_factory=Charge)
+    charged: set[Ids] = field(default_factory=set)
     _rows: dict[Ids, _Row] = field(default_factory=dict)
 
     def missing(self, wanted: Sequence[Wanted]) -> list[Wanted]:
@@ -117,9 +118,10 @@ class Reads:
     def use(self, wanted: Sequence[Wanted]) -> LastTokens:
         """What has been read of these rows, in order."""
         rows = [self._rows[each.ids] for each in wanted]
-        for row in {id(each): each for each in rows}.values():
-            self.charge.positions += row.positions
-            self.charge.seconds += row.seconds
+        for ids in {each.ids for each in wanted} - self.charged:
+            self.charge.positions += self._rows[ids].positions
+            self.charge.seconds += self._rows[ids].seconds
+            self.charged.add(ids)
         values = torch.stack([row.sites[each.site] for row, each in zip(rows, wanted, strict=True)])
         judged = [row.targets[each.target] for row, each in zip(rows, wanted, strict=True) if each.target is not None]
         if len(judged) < len(wanted):

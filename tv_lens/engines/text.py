@@ -71,10 +71,10 @@ class TextCodec(ABC):
         """The text of some ids, special tokens left out."""
 
     def settled(self, ids: Sequence[int]) -> str:
-        """A beginning that the texts of all rows starting with `ids` share.
+        """The beginning of the text that is the same in all rows that start with `ids`.
 
-        By default all of the text but U+FFFD at its end, which may be part of a character. A codec whose `decode`
-        changes earlier text when ids are added must leave that text out.
+        By default all of the text but U+FFFD at its end, which may be part of a character. If more ids can change
+        other text too, a subclass must leave that out as well.
         """
         return self.decode(ids).rstrip("\ufffd")
 

@@ -34,17 +34,20 @@ class Checkpoints:
                     self.results[task, method] = self._read_result(task, method)
                 if self._path(task, method, "safetensors").exists():
                     self.vectors[task, method] = self._read_vectors(task, method)
+                if self._path(task, method, "cost").exists():
+                    self.costs[task, method] = self._read_cost(task, method)
                 if (task, method) not in self.results:
                     self._read_controls(task, method)
 
-    def keep_vectors(self, task: str, method: str, vectors: TaskVectors) -> TaskVectors:
-        """Keep a task's vectors; they are returned."""
-        self.vectors[task, method] = vectors
+    def keep_vectors(self, task: str, method: str, vectors: TaskVectors, cost: Cost) -> TaskVectors:
+        """Keep a task's vectors and what they cost; the vectors are returned."""
+        self.vectors[task, method], self.costs[task, method] = vectors, cost
         if self.folder is not None:
             path = self.folder / "settings.json"
             if not path.exists():  # only once there is something to keep
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(path, to_json(self.settings, indent=1))
+            write_whole(self._path(task, method, "cost"), to_json(cost))
             vectors.save(self._path(task, method, "safetensors"))
         return vectors
 
@@ -88,6 +91,13 @@ class Checkpoints:
         except TvLensError as error:
             raise TvLensError(f"{path}: a damaged result ({error}); delete it to have the task run again") from error
 
+    def _read_cost(self, task: str, method: str) -> Cost:
+        path = self._path(task, method, "cost")
+        try:
+            return from_typed_json(path.read_bytes(), Cost)
+        except TvLensError as error:
+            raise TvLensError(f"{path}: damaged ({error}); delete it") from error
+
     def _read_controls(self, task: str, method: str) -> None:
         for control in self.settings.controls:
             if self._path(task, method, "safetensors", control).exists():
@@ -96,7 +106,8 @@ class Checkpoints:
     def _read_vectors(self, task: str, method: str, control: str = "") -> TaskVectors:
         path, settings = self._path(task, method, "safetensors", control), self.settings
         vectors = TaskVectors.load(path)
-        if (vectors.model, vectors.task) != (settings.model, task):
+        # A control's vectors may be named after something else.
+        if vectors.model != settings.model or (vectors.task != task and not control):
             raise TvLensError(
                 f"{path}: vectors of {vectors.task!r} and {vectors.model}, not of {task!r} and {settings.model}; "
                 "delete it to have them made again"

@@ -42,8 +42,9 @@ def compare(  # noqa: PLR0913 - its options are keywords
     compared with. `methods` is a list, or a dictionary with names for them, if two are of one kind.
 
     For each task and seed, all methods get the same prompts: `n_train` to make vectors from, `n_dev` to choose a layer
-    and a strength on, and `n_test` that are used once. The queries of the three are different; demonstrations of train
-    and dev prompts come from the same part of the task, those of test prompts from the other. A task with fewer inputs
+    and a strength on, and `n_test` that are used once. The queries of the three are different. Demonstrations of train
+    and dev prompts come from the same part of the task, so methods that are made from demonstrations may have seen dev
+    queries; those of test prompts come from the other part. A task with fewer inputs
     gives fewer prompts of each. Vectors that are added or turned toward are tried at each of `strengths`, multiples of
     the strength that they are meant to have; those that overwrite have none. Every control of every method chooses its
     layer and strength in the same way.
@@ -62,7 +63,8 @@ def compare(  # noqa: PLR0913 - its options are keywords
     if not seeds or len({int(seed) for seed in seeds}) < len(seeds):
         raise TvLensError(f"seeds are {seeds!r}; give at least one, each of them once")
     if conditions is None:
-        conditions = (shuffled_few_shot, other_template(_QUESTION if template != _QUESTION else PAPER))
+        in_another = other_template(_QUESTION if template != _QUESTION else PAPER)
+        conditions = (shuffled_few_shot, in_another) if shots > 1 else (in_another,)
     designs = [
         Design(
             shots=shots,
@@ -72,7 +74,7 @@ def compare(  # noqa: PLR0913 - its options are keywords
             seed=int(seed),
             methods=named,
             controls=controls,
-            conditions=conditions if shots > 1 else [each for each in conditions if each is not shuffled_few_shot],
+            conditions=conditions,
             template=template,
             max_new_tokens=max_new_tokens,
             layers=layers,

@@ -118,7 +118,8 @@ class Comparison:
             known = table[name].notna()
             table[f"{name}_holm"] = pd.Series(dtype="float64")
             table.loc[known, f"{name}_holm"] = holm(table.loc[known, name].astype(float).tolist())
-        return table
+        texts = ("task", "category", "method", "layers", "strengths", "strongest_control", "as_good")
+        return table.astype({name: "float64" for name in table if name not in texts and table[name].dtype == object})
 
     def estimates(self) -> pd.DataFrame:
         """One row for each task and method, all seeds together; the statistics are in `docs/statistics.md`.
@@ -276,7 +277,7 @@ class Cell:
             name for name in self.evaluations[0].controls if all(name in each.controls for each in self.evaluations)
         ]
 
-    def correct(self, condition: str) -> Seeds:
+    def correct(self, condition: str) -> list[tuple[bool, ...]]:
         """Which answers were right under a condition, by seed."""
         return [evaluation.conditions[condition].correct for evaluation in self.evaluations]
 
@@ -284,7 +285,7 @@ class Cell:
         """A row of `Comparison.estimates`; `first` is the same task with the first method, None for that itself."""
         one = self.results[0]
         patched, zero, few = (self.correct(name) for name in ("patched", "zero-shot", "few-shot"))
-        low, high = accuracy_interval(patched)
+        low, high = accuracy_interval(patched, queries=self.queries)
         tied = [result.test_range for result in self.results]
         return {
             "task": one.task,
@@ -318,7 +319,7 @@ class Cell:
             if len(known) < len(self.results) or not all(name in each.scores for each in known):
                 continue
             plain, patched = ([each.scores[name][vector].correct for each in known] for vector in (PLAIN, "patched"))
-            low, high = difference_interval(patched, plain)
+            low, high = difference_interval(patched, plain, queries=self.queries)
             rows.append(
                 {
                     "task": self.results[0].task,
@@ -340,7 +341,7 @@ class Cell:
         if first is None:
             return dict.fromkeys(names)
         theirs = first.correct("patched")
-        interval = difference_interval(patched, theirs)
+        interval = difference_interval(patched, theirs, queries=self.queries)
         p_value = different_p_value(patched, theirs, self.queries)
         return dict(zip(names, (_mean(patched) - _mean(theirs), *interval, p_value), strict=True))
 
@@ -357,7 +358,7 @@ class Cell:
         }
 
     def _against_few_shot(self, patched: Seeds, zero: Seeds, few: Seeds) -> dict[str, Any]:
-        share = share_recovered(patched, zero, few)
+        share = share_recovered(patched, zero, few, queries=self.queries)
         value, low, high = (None, None, None) if share is None else share
         bound = non_inferiority(patched, few, self.queries)
         return {
@@ -378,9 +379,17 @@ class Cell:
         row: dict[str, Any] = dict.fromkeys((*names, *others))
         if patched is not None and zero is not None:
             gain = _mean(patched) - _mean(zero)
-            row |= dict(zip(names, (_mean(patched), gain, *difference_interval(patched, zero)), strict=True))
+            row |= dict(
+                zip(
+                    names,
+                    (_mean(patched), gain, *difference_interval(patched, zero, queries=self.queries)),
+                    strict=True,
+                )
+            )
         if divergences is not None:
-            row |= dict(zip(others, (_mean(divergences), *mean_interval(divergences)), strict=True))
+            row |= dict(
+                zip(others, (_mean(divergences), *mean_interval(divergences, queries=self.queries)), strict=True)
+            )
         return row
 
     def _cost(self, of: Callable[[TaskResult], float | None]) -> float | None:
@@ -448,4 +457,4 @@ def _p(value: float | None) -> str:
 
 
 def _control(row: Mapping[Any, Any]) -> str:
-    return f"{row['strongest_control']} {row['control_accuracy']:.2f}" if row["strongest_control"] else ""
+    return f"{row['strongest_control']} {row['control_accuracy']:.2f}" if _known(row["strongest_control"]) else ""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from tv_lens.edits import Layers
 from tv_lens.engines import Engine, Model, Prefixes, engine_for
@@ -19,9 +19,6 @@ from tv_lens.shuffling import shuffle_outputs, without_demonstrations
 from tv_lens.tasks import Rule, Task, starts_with
 from tv_lens.vectors import TaskVectors
 
-if TYPE_CHECKING:
-    pass
-
 # Vectors, and the layer or layers that they are written to.
 Placed: TypeAlias = tuple[TaskVectors, int | Layers]
 
@@ -31,6 +28,7 @@ class Condition:
     """A way to ask: `prompts` turns few-shot prompts and a seed into the prompts that are run, into which the vector is
     written as they are.
 
+    `about` tells it from others of the same name in the settings of a run, such as its template.
     `rule` replaces the task's own rule, if it is given. `every_step` adds vectors again at each
     generated token (those that are written over something are written once).
     """
@@ -39,6 +37,12 @@ class Condition:
     prompts: Callable[[Sequence[Prompt], int], list[Prompt]]
     rule: Rule | None = None
     every_step: bool = False
+    about: str = ""
+
+    @property
+    def identity(self) -> str:
+        """The name, with what tells the condition from others of this name."""
+        return f"{self.name} ({self.about})" if self.about else self.name
 
     def task(self, task: Task) -> Task:
         """The task under the condition's rule."""
@@ -51,14 +55,14 @@ shuffled_few_shot = Condition("shuffled few-shot", shuffle_outputs)
 
 def other_template(template: PromptFormat, name: str = "another template") -> Condition:
     """The queries alone in another format than the vectors were made with."""
-    return Condition(name, _queries_in(template))
+    return Condition(name, _queries_in(template), about=str(template.to_dict()))
 
 
 def free_text(text: str, name: str = "free text") -> Condition:
     """The query in a sentence such as "The opposite of {input} is". An answer is correct if it occurs anywhere in what
     is generated, as whole words; added vectors are added at every generated token.
     """
-    return Condition(name, _queries_in(FreeText(text)), rule=Rule("occurs", occurs), every_step=True)
+    return Condition(name, _queries_in(FreeText(text)), rule=Rule("occurs", occurs), every_step=True, about=repr(text))
 
 
 def _queries_in(template: PromptFormat) -> Callable[[Sequence[Prompt], int], list[Prompt]]:

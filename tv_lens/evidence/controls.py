@@ -45,7 +45,7 @@ class Treatment:
 
 class Control(ABC):
     """A kind of control. `description` says on report pages what it is. An experiment calls those with `runs_model`
-    together with the methods, so that they share reads.
+    together with the methods, so that they share reads; they get no other task's vector.
     """
 
     name: ClassVar[str]
@@ -130,6 +130,7 @@ class RandomHeads(Control):
         return replace(
             treatment.vectors,
             values=direction[:, None] * length,
+            usage=replace(treatment.vectors.usage, tried=()),
             prompts=(),
             substitutes=(),
             method=f"random heads, as long as {treatment.vectors.method} of {treatment.vectors.task!r}",
@@ -181,6 +182,7 @@ def random_like(vectors: TaskVectors, n: int, seed: int) -> TaskVectors:
         vectors,
         values=noise / noise.norm(dim=-1, keepdim=True) * length,
         maps=None,
+        usage=replace(vectors.usage, tried=()),
         task="random",
         prompts=(),
         substitutes=(),

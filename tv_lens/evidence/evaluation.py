@@ -86,7 +86,8 @@ def evaluate(  # noqa: PLR0913 - its options are keywords
     as the vectors of another task. The other keywords are those of `patch_generate`.
 
     `dev` are the prompts that the vectors were made from and that chose `layer`. Pass them to give the controls the
-    same chance, as `run_experiment` does: `shuffled` is made from them, and each control chooses its own layer on them.
+    same chance, as `run_experiment` does: `shuffled` is made from them (with substitute queries from the inputs of
+    `task`), and each control chooses its own layer on them.
     Without `dev`, `shuffled` is made from `prompts`, and all controls are written at `layer`. There is then no
     `shuffled` for a method that learns from answers, which would be trained on test prompts.
 

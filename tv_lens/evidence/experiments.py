@@ -14,7 +14,7 @@ from tv_lens.engines import Capability, Engine, Model, Prefixes, Reads, engine_f
 from tv_lens.errors import TvLensError
 from tv_lens.evidence.checkpoints import Checkpoints
 from tv_lens.evidence.conditions import Condition, condition_score
-from tv_lens.evidence.controls import CONTROLS, Control, Treatment, check_controls, rows_of
+from tv_lens.evidence.controls import CONTROLS, Control, ShuffledDemonstrations, Treatment, check_controls, rows_of
 from tv_lens.evidence.evaluation import swept_layers, written_layers
 from tv_lens.evidence.other_tasks import least_similar
 from tv_lens.evidence.results import PLAIN, Conditions, Cost, Evaluation, Experiment, Score, TaskResult
@@ -30,6 +30,7 @@ from tv_lens.evidence.scoring import (
 from tv_lens.evidence.settings import Settings
 from tv_lens.evidence.tuning import Tuned, at_strength, check_strengths, tune
 from tv_lens.generation import check_new_tokens, encode
+from tv_lens.measuring import check_answers_fit
 from tv_lens.methods.base import Method, Methods, named_methods, settings_of
 from tv_lens.methods.extraction import AcrossPrompts, Extraction
 from tv_lens.methods.reading import read_together
@@ -69,8 +70,8 @@ def run_experiment(  # noqa: PLR0913 - its options are keywords
     The control `other task` takes the vector of the least similar task, of another category if there is one.
 
     `methods` is a list, or a dictionary with names for them, if two are of one kind. With `n_train` the vectors are
-    made from so many other prompts, whose queries are neither dev nor test queries. Vectors that are added are tried at
-    each of `strengths`, multiples of the strength that they are meant to have.
+    made from that many other prompts, whose queries are neither dev nor test queries. Vectors that are added are tried
+    at each of `strengths`, multiples of the strength that they are meant to have.
 
     With `max_new_tokens=1` answers are scored by their first token, or by the first one that tells the task's answers
     apart (`first_token`), else in full by each task's own rule; `settings["scoring"]` and `settings["rules"]` say
@@ -108,7 +109,7 @@ class Design:
     """How an experiment is made: everything but the model and the tasks.
 
     Raises:
-        TvLensError: a number of prompts or demonstrations below 1, or two methods or controls of one name.
+        TvLensError: a number of prompts or demonstrations below 1, or two controls or conditions of one name.
     """
 
     shots: int
@@ -132,6 +133,9 @@ class Design:
         if self.n_train is not None and self.n_train < 1:
             raise TvLensError(f"n_train={self.n_train}; use 1 or more, or None to make the vectors from dev prompts")
         check_controls(self.controls)
+        names = [condition.name for condition in self.conditions]
+        if len(set(names)) < len(names):
+            raise TvLensError(f"conditions are named {names}; give each a different name")
 
 
 def run_design(engine: Engine, tasks: Sequence[Task], design: Design, folder: str | Path | None) -> Experiment:
@@ -144,7 +148,9 @@ def run_design(engine: Engine, tasks: Sequence[Task], design: Design, folder: st
     checkpoints = Checkpoints(None if folder is None else Path(folder), settings)
     for plan in plans:  # a prompt that is too long shows now, and not after an hour
         prompts = [*plan.train, *plan.dev, *plan.test_prompts]
-        encode(engine, prompts, max(design.max_new_tokens, plan.task.rule.tokens))
+        ids = encode(engine, prompts, max(design.max_new_tokens, plan.task.rule.tokens))
+        if design.measured:
+            check_answers_fit(engine, prompts, ids)
     run = _Run(engine, plans, settings, design, checkpoints)
     run.make_all_vectors()
     with progress_bar(engine, len(plans) * len(design.methods), "task") as shown:
@@ -187,7 +193,7 @@ def _settings(
         versions=versions(),
         n_train=design.n_train,
         strengths=design.strengths,
-        conditions=tuple(condition.name for condition in design.conditions),
+        conditions=tuple(condition.identity for condition in design.conditions),
         measured=design.measured,
         controls_choose=True,
     )
@@ -298,7 +304,7 @@ class _Run:
 
     def _shuffled(self, i: int, name: str) -> Sequence[Prompt]:
         """What the shuffled control reads; nothing if there is no such control."""
-        if not any(control.runs_model for control in self.design.controls):
+        if not any(isinstance(control, ShuffledDemonstrations) for control in self.design.controls):
             return ()
         return self.design.methods[name].shuffled(self.plans[i].train, self.design.seed) or ()
 
@@ -314,8 +320,7 @@ class _Run:
                 f"{method.name} returned vectors of {vectors.task!r} for the task {plan.task.name!r}; a method can "
                 "name them with dataclasses.replace(vectors, task=task.name)"
             )
-        self.checkpoints.costs[key] = meter.cost
-        return self.checkpoints.keep_vectors(*key, vectors)
+        return self.checkpoints.keep_vectors(*key, vectors, meter.cost)
 
     def result(self, i: int, name: str, tests: _Tests) -> TaskResult:
         """The sweep on dev prompts, and the evaluation at the best layer and strength on test prompts."""
@@ -334,11 +339,12 @@ class _Run:
             {key: rows_of(each, rows) for key, each in vectors.items()} for rows in (slice(n_dev), slice(n_dev, None))
         )
         tuned = tests.tune(on_dev, self.settings.layers)
+        evaluation = tests.evaluate(on_test, tuned)
         return TaskResult(
             task=plan.task.name,
             category=plan.task.category,
             sweep=tuned["patched"].sweep,
-            evaluation=tests.evaluate(on_test, tuned),
+            evaluation=evaluation,
             other_task=None if other is None else self.plans[other].task.name,
             dev_prompts=tuple(prompt.text for prompt in plan.dev),
             test_prompts=tuple(prompt.text for prompt in plan.test_prompts),
@@ -346,7 +352,7 @@ class _Run:
             method=name,
             other_sweeps=tuple(each for each in tuned["patched"].sweeps if each != tuned["patched"].sweep),
             control_sweeps={control: tuned[control].sweep for control in controls},
-            tied_accuracies=tests.tied_accuracies(vector, tuned["patched"]),
+            tied_accuracies=tests.tied_accuracies(vector, tuned["patched"], evaluation.patched),
             conditions=tests.conditions(vector, tuned["patched"]) if design.conditions else None,
             train_prompts=() if design.n_train is None else tuple(prompt.text for prompt in plan.train),
             cost=self.checkpoints.costs.get((plan.task.name, name)),
@@ -404,15 +410,11 @@ class _Tests:
     engine: Engine
     plan: TaskPlan
     design: Design
-    _prefixes: dict[str, Prefixes] = field(default_factory=dict)
+    kept: Prefixes = field(default_factory=Prefixes)
     _plain: dict[str, Score] = field(default_factory=dict)
 
-    def kept(self, name: str) -> Prefixes:
-        """The prefixes of the prompts of this name."""
-        return self._prefixes.setdefault(name, Prefixes())
-
     @cached_property
-    def few_shot(self) -> FewShotRun:
+    def few_shot_run(self) -> FewShotRun:
         """The few-shot answers to the test prompts, measured."""
         return few_shot_run(self.engine, self.plan.test, self.plan.test_prompts, self.design.max_new_tokens)
 
@@ -420,16 +422,16 @@ class _Tests:
     def few_shot_score(self) -> Score:
         """The score of the few-shot answers."""
         if self.design.measured:
-            return self.few_shot.score
+            return self.few_shot_run.score
         return unpatched_score(self.engine, self.plan.test, self.plan.test_prompts, self.design.max_new_tokens)
 
     @cached_property
     def zero_shot_score(self) -> Score:
         """The score of the answers to the test queries alone."""
         test, queries = self.plan.test, [prompt.zero_shot() for prompt in self.plan.test_prompts]
-        kept, n_tokens = self.kept("test"), self.design.max_new_tokens
+        kept, n_tokens = self.kept, self.design.max_new_tokens
         if self.design.measured:
-            return unpatched_measured(self.engine, test, queries, n_tokens, few_shot=self.few_shot, kept=kept)
+            return unpatched_measured(self.engine, test, queries, n_tokens, few_shot=self.few_shot_run, kept=kept)
         return unpatched_score(self.engine, test, queries, n_tokens, kept=kept)
 
     def tune(self, candidates: Mapping[str, TaskVectors], layers: Sequence[int]) -> dict[str, Tuned]:
@@ -442,7 +444,7 @@ class _Tests:
             layers=layers,
             strengths=self.design.strengths,
             max_new_tokens=self.design.max_new_tokens,
-            kept=self.kept(self._prompts_of("dev", candidates["patched"])),
+            kept=self.kept,
         )
 
     def evaluate(self, vectors: Mapping[str, TaskVectors], tuned: Mapping[str, Tuned]) -> Evaluation:
@@ -450,13 +452,12 @@ class _Tests:
         test, prompts, n_tokens = self.plan.test, self.plan.test_prompts, self.design.max_new_tokens
         chosen = {name: tuned[name].choice for name in vectors}
         written = [(at_strength(vectors[name], each.strength), each.layer) for name, each in chosen.items()]
-        kept = self.kept(self._prompts_of("test", vectors["patched"]))
         if self.design.measured:
             scores = measured_scores(
-                self.engine, test, prompts, written, Placement(), n_tokens, few_shot=self.few_shot, kept=kept
+                self.engine, test, prompts, written, Placement(), n_tokens, few_shot=self.few_shot_run, kept=self.kept
             )
         else:
-            scores = patched_scores(self.engine, test, prompts, written, Placement(), n_tokens, kept=kept)
+            scores = patched_scores(self.engine, test, prompts, written, Placement(), n_tokens, kept=self.kept)
         controls = dict(zip(vectors, scores, strict=True))
         patched = controls.pop("patched")
         return Evaluation(
@@ -471,44 +472,49 @@ class _Tests:
             control_strengths={name: chosen[name].strength for name in controls},
         )
 
-    def tied_accuracies(self, vector: TaskVectors, tuned: Tuned) -> tuple[float, ...]:
-        """The accuracy on the test prompts at every layer and strength that ties on dev; empty if none does."""
+    def tied_accuracies(self, vector: TaskVectors, tuned: Tuned, chosen: Score) -> tuple[float, ...]:
+        """The accuracy on the test prompts at every layer and strength that ties on dev, that of the chosen one first;
+        empty if none ties.
+        """
         if len(tuned.ties) < 2:
             return ()
         scores = decided_scores(
             self.engine,
             self.plan.test,
             self.plan.test_prompts,
-            [(at_strength(vector, each.strength), each.layer) for each in tuned.ties],
+            [(at_strength(vector, each.strength), each.layer) for each in tuned.ties[1:]],
             Placement(),
             self.design.max_new_tokens,
-            kept=self.kept(self._prompts_of("test", vector)),
+            kept=self.kept,
         )
-        return tuple(score.accuracy for score in scores)
+        return (chosen.accuracy, *(score.accuracy for score in scores))
 
-    def conditions(self, vector: TaskVectors, tuned: Tuned) -> Conditions:
-        """The test queries asked in other ways, without and with the vector."""
+    def conditions(self, vector: TaskVectors, tuned: Tuned) -> Conditions | None:
+        """The test queries asked in other ways, without and with the vector; None if there is no such way."""
         written = (at_strength(vector, tuned.choice.strength), tuned.choice.layer)
         scores: dict[str, dict[str, Score]] = {}
         for condition in self.design.conditions:
             asked = condition.prompts(self.plan.test_prompts, self.design.seed)
             if vector.usage.per_position and len({prompt.shots for prompt in (*asked, *self.plan.test_prompts)}) > 1:
                 continue  # vectors for the separators of few-shot prompts
-            kept, n_tokens = self.kept(f"condition {condition.name}"), self.design.max_new_tokens
+            test, kept, n_tokens = self._test_for(asked), self.kept, self.design.max_new_tokens
             if condition.name not in self._plain:
                 self._plain[condition.name] = condition_score(
-                    self.engine, self.plan.test, asked, condition, None, n_tokens, kept=kept
+                    self.engine, test, asked, condition, None, n_tokens, kept=kept
                 )
             scores[condition.name] = {
                 PLAIN: self._plain[condition.name],
-                "patched": condition_score(self.engine, self.plan.test, asked, condition, written, n_tokens, kept=kept),
+                "patched": condition_score(self.engine, test, asked, condition, written, n_tokens, kept=kept),
             }
-        return Conditions(scores)
+        return Conditions(scores) if scores else None
 
-    @staticmethod
-    def _prompts_of(name: str, vectors: TaskVectors) -> str:
-        """A name for the prompts as they are run with these vectors."""
-        return f"{name}, few-shot" if vectors.usage.keep_demonstrations else name
+    def _test_for(self, asked: Sequence[Prompt]) -> Task:
+        """The test part of the task, by whose rule the answers to these prompts are judged: that of the first token
+        depends on the template.
+        """
+        if self.design.max_new_tokens > 1:
+            return self.plan.test
+        return replace(self.plan.test, accepts=first_token(self.engine, asked[0].template, self.plan.task))
 
 
 @dataclass
@@ -522,6 +528,7 @@ class _Meter:
 def _metered(engine: Engine, reads: Reads) -> Iterator[_Meter]:
     """Measure what is run inside, with what was read before for several methods, and without what others will use."""
     meter = _Meter()
+    reads.charged.clear()
     positions, seconds = engine.positions_run + reads.charge.positions, time.perf_counter() + reads.charge.seconds
     yield meter
     meter.cost = Cost(

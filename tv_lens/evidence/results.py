@@ -129,6 +129,8 @@ class Sweep:
             )
         for layer in self.layers:
             _check_layer(layer, self.n_layers)
+        if not 0 < self.strength < math.inf:
+            raise TvLensError(f"the strength of a sweep is {self.strength}; it is a positive number")
         _check_same_prompts(*self.scores)
 
     @property
@@ -468,7 +470,9 @@ def tied_choices(sweeps: Sequence[Sweep], preferred: Choice | None = None) -> tu
         for layer, score in zip(sweep.layers, sweep.scores, strict=True)
         if score.accuracy == highest
     ]
-    return tuple(sorted(tied, key=lambda each: (each != preferred, abs(math.log(each.strength)), each.layer)))
+    return tuple(
+        sorted(tied, key=lambda each: (each != preferred, abs(math.log(each.strength)), each.layer, each.strength))
+    )
 
 
 @dataclass(frozen=True)

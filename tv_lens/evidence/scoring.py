@@ -95,6 +95,8 @@ def decided_scores(
     kept: Prefixes | None = None,
 ) -> list[Score]:
     """As `patched_scores`, with the same verdicts, but each answer stops as soon as the task's rule has decided."""
+    if not task.rule.can_decide:
+        return patched_scores(engine, task, prompts, conditions, placement, max_new_tokens, kept=kept)
     expected = _expected(task, prompts)
 
     def decided(number: int, beginning: str) -> bool:

@@ -23,12 +23,13 @@ from transformer_lens.utilities.statistics import sign_flip_permutation_pvalue, 
 
 from tv_lens.errors import TvLensError
 
-Seeds: TypeAlias = Sequence[Sequence[float]] | Sequence[Sequence[bool]]  # values[seed][query]
+Seeds: TypeAlias = Sequence[Sequence[float | int]]  # values[seed][query]; bools are 0 and 1
+Queries: TypeAlias = Sequence[Sequence[str]]  # queries[seed][query]
 Sample: TypeAlias = Float64[np.ndarray, " query"]
 
 # If all queries of some seed give the same, the spread between seeds cannot be estimated well. Then each seed counts
 # as this many queries at most.
-_QUERIES_OF_AN_UNIFORM_SEED = 6
+_QUERIES_OF_A_UNIFORM_SEED = 6
 # A nominal level at which the lower bound of a difference is too high in at most 5% of samples, by enumeration.
 _LEVEL_OF_NON_INFERIORITY = 0.03
 _RESAMPLES = 4000
@@ -76,11 +77,12 @@ def paired_p_value(first: Sequence[bool], second: Sequence[bool]) -> float:
     return float(binomtest(only_first, only_first + only_second).pvalue)
 
 
-def accuracy_interval(correct: Seeds, *, confidence: float = 0.95) -> Interval:
+def accuracy_interval(correct: Seeds, *, queries: Queries | None = None, confidence: float = 0.95) -> Interval:
     """The interval of the mean of the seeds' accuracies.
 
     One seed: exact (Clopper-Pearson). Several: Clopper-Pearson with an effective number of answers, at most all of
-    them, that has the variance between seeds and Student's t for their number (Korn and Graubard 1998).
+    them, that has the variance between seeds and Student's t for their number (Korn and Graubard 1998). With `queries`,
+    a query that several seeds have in common counts once in this number, here and in the other intervals.
 
     Raises:
         TvLensError: no seed, no query, or a number other than 0 and 1.
@@ -88,14 +90,14 @@ def accuracy_interval(correct: Seeds, *, confidence: float = 0.95) -> Interval:
     (seeds,) = _checked(correct)
     if not _are_answers(seeds):
         raise TvLensError("an accuracy is of answers that are right (1) or wrong (0); use mean_interval for numbers")
-    accuracy, n = _mean(seeds), _effective_queries(seeds)
+    accuracy, n = _mean(seeds), min(_effective_queries(seeds), _distinct(queries, seeds))
     within, between = accuracy * (1 - accuracy) / n, _variance_between(seeds)
     if len(seeds) > 1:
         between *= (_t(confidence, len(seeds) - 1) / _t(confidence, _queries(seeds) - 1)) ** 2
     return _clopper_pearson(accuracy, n if between <= within else n * within / between, confidence)
 
 
-def mean_interval(values: Seeds, *, confidence: float = 0.95) -> Interval:
+def mean_interval(values: Seeds, *, queries: Queries | None = None, confidence: float = 0.95) -> Interval:
     """The interval of the mean of numbers such as log-probabilities: the widest of Student's t over the seeds' means,
     Student's t over queries, and the bootstrap over queries. Infinite for a single query, and a point if all numbers
     are equal, since nothing bounds what was not seen.
@@ -104,10 +106,12 @@ def mean_interval(values: Seeds, *, confidence: float = 0.95) -> Interval:
         TvLensError: no seed, no query, or a number that is not finite.
     """
     (seeds,) = _checked(values)
-    return _interval_of_numbers(seeds, confidence)
+    return _interval_of_numbers(seeds, confidence, _distinct(queries, seeds))
 
 
-def difference_interval(first: Seeds, second: Seeds, *, confidence: float = 0.95) -> Interval:
+def difference_interval(
+    first: Seeds, second: Seeds, *, queries: Queries | None = None, confidence: float = 0.95
+) -> Interval:
     """The interval of the mean of `first` minus the mean of `second`, paired by query.
 
     Answers (0 or 1): the paired bootstrap over queries with two more, imagined queries, one that only the first
@@ -118,17 +122,20 @@ def difference_interval(first: Seeds, second: Seeds, *, confidence: float = 0.95
         TvLensError: no seed, no query, other shapes, or a number that is not finite.
     """
     ones, others = _checked(first, second)
-    differences = _difference(ones, others)
+    differences, distinct = _difference(ones, others), _distinct(queries, ones)
     if not _are_answers(ones + others):
-        return _interval_of_numbers(differences, confidence)
-    intervals = [_t_interval(_means(differences), confidence), _interval_of_changes(differences, 1 - confidence)]
+        return _interval_of_numbers(differences, confidence, distinct)
+    changes = _interval_of_changes(differences, 1 - confidence, distinct)
+    intervals = [_t_interval(_means(differences), confidence), changes]
     if len(differences) > 1:
-        intervals += _intervals_of_one_direction(differences, confidence)
+        intervals += _intervals_of_one_direction(differences, confidence, queries)
     low, high = _widest(intervals)
     return Interval(max(low, -1.0), min(high, 1.0))
 
 
-def share_recovered(patched: Seeds, zero_shot: Seeds, few_shot: Seeds) -> Share | None:
+def share_recovered(
+    patched: Seeds, zero_shot: Seeds, few_shot: Seeds, *, queries: Queries | None = None
+) -> Share | None:
     """The share of the few-shot gain that the vector recovers, (patched - zero-shot) / (few-shot - zero-shot), with
     its 95% interval. None if the gain's own 95% interval is not above 0: there may be nothing to recover.
 
@@ -139,12 +146,15 @@ def share_recovered(patched: Seeds, zero_shot: Seeds, few_shot: Seeds) -> Share 
         TvLensError: no seed, no query, other shapes, or a number that is not finite.
     """
     ours, zeros, fews = _checked(patched, zero_shot, few_shot)
-    if difference_interval(few_shot, zero_shot).low <= 0:
+    if difference_interval(few_shot, zero_shot, queries=queries).low <= 0:
         return None
     recovered, gains = _difference(ours, zeros), _difference(fews, zeros)
     value = _mean(recovered) / _mean(gains)
     answers = _are_answers(ours + zeros + fews)
-    intervals = [Interval(value, value), _bootstrapped_ratio(recovered, gains, imagined=answers)]
+    intervals = [
+        Interval(value, value),
+        _bootstrapped_ratio(recovered, gains, _distinct(queries, ours), imagined=answers),
+    ]
     if not answers:
         intervals.append(_fieller(np.concatenate(recovered), np.concatenate(gains)))
     if len(gains) > 1:
@@ -152,7 +162,7 @@ def share_recovered(patched: Seeds, zero_shot: Seeds, few_shot: Seeds) -> Share 
     return Share(value, *_widest(intervals))
 
 
-def better_p_value(first: Seeds, second: Seeds, queries: Sequence[Sequence[str]]) -> float:
+def better_p_value(first: Seeds, second: Seeds, queries: Queries) -> float:
     """The one-sided p-value that `first` is better than `second`, given these seeds: a sign-flip test over queries.
 
     The differences of a query are added over the seeds in which it appears, so that it counts once. If the conditions
@@ -165,7 +175,7 @@ def better_p_value(first: Seeds, second: Seeds, queries: Sequence[Sequence[str]]
     return _sign_flip(_by_query(first, second, queries), two_sided=False)
 
 
-def different_p_value(first: Seeds, second: Seeds, queries: Sequence[Sequence[str]]) -> float:
+def different_p_value(first: Seeds, second: Seeds, queries: Queries) -> float:
     """The two-sided p-value of the test of `better_p_value`. With one seed it is McNemar's exact test.
 
     Raises:
@@ -188,9 +198,9 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     hypothesis is rejected is at most the level, however the tests depend on each other.
 
     Raises:
-        TvLensError: no p-value, or one outside of 0 to 1.
+        TvLensError: a p-value outside of 0 to 1.
     """
-    values = _checked_p_values(p_values)
+    values = _checked_p_values(p_values) if len(p_values) else []
     adjusted, largest = [0.0] * len(values), 0.0
     for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
         largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
@@ -198,9 +208,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     return tuple(adjusted)
 
 
-def non_inferiority(
-    first: Seeds, second: Seeds, queries: Sequence[Sequence[str]], *, margin: float = 0.1
-) -> NonInferiority:
+def non_inferiority(first: Seeds, second: Seeds, queries: Queries, *, margin: float = 0.1) -> NonInferiority:
     """Whether `first` is at most `margin` worse than `second`, by the one-sided 95% lower bound of the difference.
 
     For answers the bound is valid for small samples, too: it is at most what the exact bound on the frequency of
@@ -214,9 +222,9 @@ def non_inferiority(
     ones, others = _checked(first, second)
     _check_queries(queries, ones)
     if _are_answers(ones + others):
-        low = _lowest_difference(_difference(ones, others), len({text for texts in queries for text in texts}))
+        low = _lowest_difference(_difference(ones, others), queries)
     else:
-        low = difference_interval(first, second, confidence=0.9).low
+        low = difference_interval(first, second, queries=queries, confidence=0.9).low
     return NonInferiority(margin, low, low > -margin)
 
 
@@ -254,10 +262,18 @@ def _checked_p_values(p_values: Sequence[float]) -> list[float]:
     return values
 
 
-def _check_queries(queries: Sequence[Sequence[str]], seeds: list[Sample]) -> None:
+def _check_queries(queries: Queries, seeds: list[Sample]) -> None:
     expected, given = [len(seed) for seed in seeds], [len(texts) for texts in queries]
     if given != expected:
         raise TvLensError(f"each answer has a query: {expected} answers per seed, but {given} queries")
+
+
+def _distinct(queries: Queries | None, seeds: list[Sample]) -> float:
+    """The number of distinct queries; without their texts there is no limit."""
+    if queries is None:
+        return math.inf
+    _check_queries(queries, seeds)
+    return float(len({text for texts in queries for text in texts}))
 
 
 def _are_answers(seeds: list[Sample]) -> bool:
@@ -269,8 +285,8 @@ def _difference(ones: list[Sample], others: list[Sample]) -> list[Sample]:
 
 
 def _means(seeds: list[Sample]) -> Float64[np.ndarray, " seed"]:
-    """The seeds' means in ascending order, so that no result depends on the order of seeds."""
-    return np.sort([math.fsum(seed) / len(seed) for seed in seeds])
+    """The seeds' means, in their order."""
+    return np.array([math.fsum(seed) / len(seed) for seed in seeds])
 
 
 def _mean(seeds: list[Sample]) -> float:
@@ -291,7 +307,7 @@ def _queries(seeds: list[Sample]) -> float:
 def _effective_queries(seeds: list[Sample]) -> float:
     """The number of queries, or fewer if some seed's queries all give the same."""
     uniform = len(seeds) > 1 and any(float(np.ptp(seed)) < 1e-12 for seed in seeds)
-    return min(_queries(seeds), _QUERIES_OF_AN_UNIFORM_SEED * len(seeds)) if uniform else _queries(seeds)
+    return min(_queries(seeds), float(_QUERIES_OF_A_UNIFORM_SEED * len(seeds))) if uniform else _queries(seeds)
 
 
 def _t(confidence: float, df: float | int) -> float:
@@ -301,7 +317,7 @@ def _t(confidence: float, df: float | int) -> float:
     return float(stdtrit(df, (1 + confidence) / 2)) if df > 0 else math.inf
 
 
-def _clopper_pearson(share: float, n: float | int, confidence: float) -> Interval:
+def _clopper_pearson(share: float, n: float, confidence: float) -> Interval:
     """The Clopper-Pearson interval of a share of `n`, which need not be a whole number."""
     from scipy.special import betaincinv
 
@@ -333,8 +349,10 @@ def _tail(error: float, n: int) -> float:
     return float(ndtr(-math.sqrt(n / (n - 1)) * _t(1 - error, n - 1)))
 
 
-def _interval_of_numbers(seeds: list[Sample], confidence: float) -> Interval:
-    """The widest of t over seeds, and t and the bias-corrected and accelerated bootstrap over queries."""
+def _interval_of_numbers(seeds: list[Sample], confidence: float, distinct: float) -> Interval:
+    """The widest of t over seeds, and t and the bias-corrected and accelerated bootstrap over queries. The latter two
+    are wider by the square root of how often a query is repeated on average.
+    """
     from scipy.stats import bootstrap
 
     values, mean = np.sort(np.concatenate(seeds)), _mean(seeds)
@@ -353,17 +371,22 @@ def _interval_of_numbers(seeds: list[Sample], confidence: float) -> Interval:
         ).confidence_interval
         if math.isfinite(low) and math.isfinite(high):
             intervals.append(Interval(float(low), float(high)))
-    shift = mean - math.fsum(values) / len(values)  # for seeds of unequal length
-    return _widest([intervals[0], *(Interval(each.low + shift, each.high + shift) for each in intervals[1:])])
+    center = math.fsum(values) / len(values)  # not the mean, for seeds of unequal length
+    wider = max(1.0, math.sqrt(len(values) / distinct))
+    over_queries = [
+        Interval(mean + wider * (each.low - center), mean + wider * (each.high - center)) for each in intervals[1:]
+    ]
+    return _widest([intervals[0], *over_queries])
 
 
-def _interval_of_changes(differences: list[Sample], error: float) -> Interval:
+def _interval_of_changes(differences: list[Sample], error: float, distinct: float) -> Interval:
     """The paired bootstrap interval of the mean of differences of answers, with two imagined queries, one of each
     direction. The bootstrap distribution is computed, not drawn.
     """
     values = np.concatenate(differences)
-    counts = np.array([(values == 0).sum(), (values == 1).sum() + 1, (values == -1).sum() + 1], dtype=np.float64)
-    drawn = int(_effective_queries(differences)) + 2
+    counts = np.array([(values == 0).sum(), (values == 1).sum(), (values == -1).sum()], dtype=np.float64)
+    counts = counts * min(1.0, distinct / len(values)) + np.array([0.0, 1.0, 1.0])
+    drawn = int(min(_effective_queries(differences), distinct)) + 2
     chances = np.zeros(2 * drawn + 1)  # of a single draw, by its value: 0, 1, ..., -2, -1
     chances[[0, 1, -1]] = counts / counts.sum()
     totals = np.roll(np.fft.ifft(np.fft.fft(chances) ** drawn).real, drawn)  # of the sum, -drawn to drawn
@@ -374,28 +397,33 @@ def _interval_of_changes(differences: list[Sample], error: float) -> Interval:
     return Interval(low / drawn + shift, high / drawn + shift)
 
 
-def _intervals_of_one_direction(differences: list[Sample], confidence: float) -> list[Interval]:
+def _intervals_of_one_direction(
+    differences: list[Sample], confidence: float, queries: Queries | None
+) -> list[Interval]:
     """If no answer changes for the worse, or none for the better, the interval of the share that changes."""
     intervals = []
     if all((each >= 0).all() for each in differences):
-        intervals.append(accuracy_interval([list(each) for each in differences], confidence=confidence))
+        intervals.append(
+            accuracy_interval([list(each) for each in differences], queries=queries, confidence=confidence)
+        )
     if all((each <= 0).all() for each in differences):
-        low, high = accuracy_interval([list(-each) for each in differences], confidence=confidence)
+        low, high = accuracy_interval([list(-each) for each in differences], queries=queries, confidence=confidence)
         intervals.append(Interval(-high, -low))
     return intervals
 
 
-def _lowest_difference(differences: list[Sample], distinct: int) -> float:
+def _lowest_difference(differences: list[Sample], queries: Queries) -> float:
     """The one-sided 95% lower bound of the mean of differences of answers."""
     worse = math.fsum(float((each < 0).mean()) for each in differences) / len(differences)
+    distinct = _distinct(queries, differences)
     n = min(_effective_queries(differences), distinct)
     bounds = [
         _t_interval(_means(differences), 0.9).low,
-        _interval_of_changes(differences, 2 * _LEVEL_OF_NON_INFERIORITY).low,
+        _interval_of_changes(differences, 2 * _LEVEL_OF_NON_INFERIORITY, distinct).low,
         _mean(differences) + worse - _clopper_pearson(worse, n, 0.9).high,
     ]
     if len(differences) > 1:
-        bounds += [each.low for each in _intervals_of_one_direction(differences, 0.9)]
+        bounds += [each.low for each in _intervals_of_one_direction(differences, 0.9, queries)]
     return max(-1.0, min(bounds))
 
 
@@ -413,7 +441,7 @@ def _fieller(recovered: Float64[np.ndarray, " unit"], gains: Float64[np.ndarray,
     return Interval(float(half - root) / float(square), float(half + root) / float(square))
 
 
-def _bootstrapped_ratio(recovered: list[Sample], gains: list[Sample], *, imagined: bool) -> Interval:
+def _bootstrapped_ratio(recovered: list[Sample], gains: list[Sample], distinct: float, *, imagined: bool) -> Interval:
     """The paired 95% percentile interval of the ratio of two means. A resample without a gain counts as the worst."""
     more = [np.array([1.0, -1.0]), np.zeros(2)] if imagined else [np.zeros(0), np.zeros(0)]
     top, bottom = np.concatenate([*recovered, more[0]]), np.concatenate([*gains, more[1]])
@@ -421,9 +449,12 @@ def _bootstrapped_ratio(recovered: list[Sample], gains: list[Sample], *, imagine
     top, bottom = top[order], bottom[order]
     value = _mean(recovered) / _mean(gains)
     residuals = [one - value * other for one, other in zip(recovered, gains, strict=True)]
-    drawn = int(_effective_queries(residuals)) + len(more[0])
-    chosen = np.random.default_rng(0).integers(len(top), size=(_RESAMPLES, drawn))
-    tops, bottoms = top[chosen].mean(axis=1), bottom[chosen].mean(axis=1)
+    drawn = int(min(_effective_queries(residuals), distinct)) + len(more[0])
+    random = np.random.default_rng(0)
+    tops, bottoms = np.empty(_RESAMPLES), np.empty(_RESAMPLES)
+    for batch in np.array_split(np.arange(_RESAMPLES), 1 + _RESAMPLES * drawn // 2**20):
+        chosen = random.integers(len(top), size=(len(batch), drawn))
+        tops[batch], bottoms[batch] = top[chosen].mean(axis=1), bottom[chosen].mean(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = tops / bottoms
     lows, highs = np.where(bottoms > 0, ratios, -np.inf), np.where(bottoms > 0, ratios, np.inf)
@@ -431,7 +462,7 @@ def _bootstrapped_ratio(recovered: list[Sample], gains: list[Sample], *, imagine
     return Interval(float(np.sort(lows)[skipped]), float(np.sort(highs)[-1 - skipped]))
 
 
-def _by_query(first: Seeds, second: Seeds, queries: Sequence[Sequence[str]]) -> Float64[np.ndarray, " query"]:
+def _by_query(first: Seeds, second: Seeds, queries: Queries) -> Float64[np.ndarray, " query"]:
     """First minus second, added over the seeds in which a query appears, in ascending order."""
     ones, others = _checked(first, second)
     _check_queries(queries, ones)
@@ -452,10 +483,11 @@ def _sign_flip(sums: Float64[np.ndarray, " query"], *, two_sided: bool) -> float
         kind = "two-sided" if two_sided else "greater"
         return float(sign_flip_permutation_pvalue(torch.from_numpy(sums), n_permutations=9999, alternative=kind))
     steps: Int64[np.ndarray, " query"] = np.abs(sums[sums != 0]).astype(np.int64)
-    chances = np.ones(1)  # of the totals -reach, -reach + 2, ..., reach
-    for step in steps:
-        heads, tails = np.pad(chances, (step, 0)), np.pad(chances, (0, step))
-        chances = (heads + tails) / 2
+    chances = np.zeros(int(steps.sum()) + 1)  # of the totals -steps.sum(), ..., steps.sum(), in steps of 2
+    chances[0] = 1.0
+    for step in steps.tolist():
+        chances[step:] += chances[:-step].copy()
+        chances /= 2
     totals = 2 * np.arange(len(chances)) - steps.sum()
     observed = int(sums.sum())
     if two_sided:

@@ -100,7 +100,16 @@ def check_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
 
 
 def _cells(vectors: TaskVectors, layers: Sequence[int] | None, strengths: Sequence[float]) -> list[Choice]:
-    tried = [layer for layer in vectors.tried_layers if layers is None or layer in layers]
     # What overwrites an activation has no strength.
     scaled = (1.0,) if vectors.op == "set" else strengths
-    return [Choice(layer, strength) for strength in scaled for layer in tried or vectors.tried_layers]
+    return [Choice(layer, strength) for strength in scaled for layer in _tried(vectors, layers)]
+
+
+def _tried(vectors: TaskVectors, layers: Sequence[int] | None) -> Sequence[int]:
+    """The layers to try: those in `layers` that the vectors are meant to be tried at, or at least have. What is written
+    at all its layers at once has nothing to choose.
+    """
+    if layers is None or vectors.usage.span == "together":
+        return vectors.tried_layers
+    meant = [layer for layer in vectors.tried_layers if layer in layers]
+    return meant or [layer for layer in vectors.layers if layer in layers] or vectors.tried_layers

@@ -19,11 +19,11 @@ def read_together(engine: Engine, reads: Sequence[Read]) -> None:
         return
     distinct = list(dict.fromkeys(reads))
     ids = encode(engine, [read.prompt for read in distinct], 1)
-    groups: dict[tuple[tuple[Example, ...], PromptFormat] | int, list[Wanted]] = {}
+    groups: dict[tuple[tuple[Example, ...], PromptFormat] | tuple[int, ...], list[Wanted]] = {}
     for i, (read, own) in enumerate(zip(distinct, ids, strict=True)):
         target = _first_token(engine, read.prompt, own, i) if read.judged else None
         # Queries without demonstrations have only the template in common, which is too little to be worth a group.
-        key = (read.prompt.examples, read.prompt.template) if read.prompt.examples else i
+        key = (read.prompt.examples, read.prompt.template) if read.prompt.examples else tuple(own)
         groups.setdefault(key, []).append(Wanted(tuple(own), read.site, target))
     engine.shared_reads.read(engine, list(groups.values()))
 

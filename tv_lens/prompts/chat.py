@@ -130,7 +130,7 @@ class ChatTemplate(PromptFormat):
         return (text if self.stop is None else text.split(self.stop, 1)[0]).strip()
 
     def settled(self, text: str) -> str:
-        """What of the message is settled: what comes before its end, and before anything that may become its end."""
+        """The part of the message that is settled: what comes before its end and before anything that may become it."""
         stop = self.stop
         return (text if stop is None else without_start_of(stop, text.split(stop, 1)[0])).strip()
 

@@ -74,8 +74,8 @@ class PromptFormat(ABC):
         """The answer in a completion of the prompt."""
 
     def settled(self, text: str) -> str:
-        """A beginning that the answers in all completions starting with `text` share: what `cut` returns, without what
-        may turn out to end the answer or to be white space after it. By default nothing is known.
+        """The beginning of the answer that is the same in all completions that start with `text`: what `cut` returns,
+        without what may turn out to end the answer. By default nothing is known, and sweeps generate whole answers.
         """
         return ""
 

@@ -106,8 +106,8 @@ class Template(PromptFormat):
         return answer.removesuffix(after.strip()).rstrip()
 
     def settled(self, text: str) -> str:
-        r"""What of the answer is settled: what comes before a separator or an end of the template, and before anything
-        that may become one.
+        r"""The part of the answer that is settled: what comes before the separator or the template's end, and before
+        anything that may become one of them.
 
         >>> Template("{input} -> {output} ##", separator="\n\n").settled(" cold #")
         'cold'

@@ -31,9 +31,9 @@ class Rule:
     `tokens` is how many generated tokens the rule needs to see. `accepts_ids`, if given, judges the generated token
     ids instead of their text.
 
-    `decide(beginning, answer)`, if given, is the verdict on every prediction that starts with `beginning`, itself
+    `decide(beginning, answer)`, if given, returns the verdict on every prediction that starts with `beginning`, itself
     included, or None while they differ. A sweep then stops an answer as soon as its verdict is known. Rules without it
-    see whole answers. `exact_match` and `starts_with` have theirs.
+    see whole answers. The functions `exact_match` and `starts_with` have theirs.
 
     >>> Rule("ignore case", lambda prediction, answer: prediction.lower() == answer.lower())("COLD", "cold")
     True
@@ -52,6 +52,11 @@ class Rule:
     def is_named(self) -> bool:
         """Whether the name tells this rule from others."""
         return bool(self.name)
+
+    @property
+    def can_decide(self) -> bool:
+        """Whether this rule may know its verdict before an answer is complete: not if token ids count as well."""
+        return self.decide is not None and self.accepts_ids is None
 
     @staticmethod
     def of(rule: Accepts | Rule) -> Rule:
@@ -129,7 +134,7 @@ def _decide_starts_with(beginning: str, answer: str) -> bool | None:
     if answer and beginning.startswith(answer):
         continues = _continues(beginning, len(answer))
         return None if continues is None else not continues
-    first_word = "".join(answer.split()[:1])
+    first_word = answer.split()[0] if answer else ""
     return None if _may_equal(beginning, answer) or _may_equal(beginning, first_word) else False
 
 

@@ -111,7 +111,7 @@ class Task:
             TvLensError: the alternatives depend on the input, and none is given.
         """
         rule = self.rule
-        if rule.decide is None or rule.accepts_ids is not None:
+        if rule.decide is None or not rule.can_decide:
             return None
         verdicts = [rule.decide(beginning, each) for each in self.answers(answer, query)]
         if any(verdicts):
