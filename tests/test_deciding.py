@@ -205,7 +205,7 @@ FORMATS: list[PromptFormat] = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=repr)
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: type(form).__name__)
 @settings(max_examples=400, deadline=None)
 @given(st.text(st.sampled_from("ab#.] \n"), max_size=14))
 def test_a_settled_beginning_is_in_every_answer(form: PromptFormat, completion: str) -> None:
@@ -213,7 +213,7 @@ def test_a_settled_beginning_is_in_every_answer(form: PromptFormat, completion: 
         assert form.cut(completion).startswith(form.settled(completion[:end]))
 
 
-@pytest.mark.parametrize("form", FORMATS[:-2], ids=repr)
+@pytest.mark.parametrize("form", FORMATS[:-2], ids=lambda form: type(form).__name__)
 def test_all_is_settled_that_can_not_end_an_answer(form: PromptFormat) -> None:
     assert form.settled("cold") == form.settled("cold! it")[:4] == "cold"
     assert form.settled("cold! it") == "cold! it"
