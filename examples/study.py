@@ -34,8 +34,8 @@ BIJECTIONS = {
 TRIED = (0.3, 0.43, 0.57, 0.7, 0.83)
 LEARNED = (0.3, 0.57, 0.7)
 SIZES: dict[str, dict[str, Any]] = {
-    "full": {"n_train": 20, "n_dev": 12, "n_test": 30, "strengths": (1, 2)},
-    "small": {"n_train": 10, "n_dev": 6, "n_test": 10, "strengths": (1,)},
+    "full": {"n_train": 20, "n_dev": 12, "n_test": 30, "strengths": (1.0, 2.0)},
+    "small": {"n_train": 10, "n_dev": 6, "n_test": 10, "strengths": (1.0,)},
 }
 TEMPLATE = tv.other_template(tv.Template("Q: {input}\nA: {output}", separator="\n\n"))
 

@@ -226,7 +226,7 @@ def test_a_cap_needs_a_model_that_can_do_the_bijection() -> None:
 
 
 def test_the_study_runs_and_resumes(llama: Twins, tmp_path: Path) -> None:
-    size = {"n_train": 5, "n_dev": 2, "n_test": 3, "strengths": (1,), "max_new_tokens": 1}
+    size = {"shots": 2, "n_train": 5, "n_dev": 2, "n_test": 3, "strengths": (1.0,), "max_new_tokens": 1}
     engine = tv.LocalEngine(llama.bridge, progress=False)
     findings = study.run(engine, str(tmp_path), size, TASKS)
     assert [finding.claim[:2] for finding in findings] == ["1.", "2.", "3.", "4.", "5."]
