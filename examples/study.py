@@ -310,7 +310,8 @@ def heads_against_last_position(comparison: tv.Comparison) -> Finding:
     outcome = f"Supported for {' and '.join(supported)}." if supported else "Not on this model."
     return Finding(
         "3. Vectors from attention heads carry a task better than the state of the last position (function vectors: "
-        "Todd et al., arXiv 2310.15213; state vectors: Li et al., arXiv 2404.11225).",
+        "Todd et al., arXiv 2310.15213, against layer averages that are added; state vectors: Li et al., arXiv "
+        "2404.11225).",
         table_of(comparison, by_key),
         "\n".join([outcome, *(sentence(by_key, pair) for pair in pairs)]),
     )

@@ -225,13 +225,16 @@ def test_a_cap_needs_a_model_that_can_do_the_bijection() -> None:
     assert "is above one half, so nothing caps it" in bijection(dict.fromkeys(rights, (12, 12))).verdict
 
 
-def test_the_study_runs_and_resumes(llama: Twins, tmp_path: Path) -> None:
-    size = {"shots": 2, "n_train": 5, "n_dev": 2, "n_test": 3, "strengths": (1.0,), "max_new_tokens": 1}
+def test_the_study_runs_and_resumes(llama: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "BIJECTIONS", {"swap_upper_lower": ("to_upper", "to_lower")})
+    monkeypatch.setattr(study, "LEARNED", (0.5,))
+    monkeypatch.setattr(study, "TRIED", (0.5, 0.7))
+    size = {"shots": 2, "n_train": 4, "n_dev": 2, "n_test": 3, "strengths": (1.0,), "max_new_tokens": 1}
     engine = tv.LocalEngine(llama.bridge, progress=False)
-    findings = study.run(engine, str(tmp_path), size, TASKS)
+    findings = study.run(engine, str(tmp_path), size, ["antonyms"])
     assert [finding.claim[:2] for finding in findings] == ["1.", "2.", "3.", "4.", "5."]
-    assert len(findings[0].table) == 2 * 5
-    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    again = study.run(engine, str(tmp_path), size, TASKS)
+    assert [len(finding.table) for finding in findings] == [5, 3 * 2, 2 * 2, 6, 2]
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    again = study.run(engine, str(tmp_path), size, ["antonyms"])
     assert [str(finding) for finding in again] == [str(finding) for finding in findings]
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == made
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == made
