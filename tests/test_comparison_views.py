@@ -344,7 +344,7 @@ def test_the_page_says_how_to_repeat_a_comparison(tmp_path: Path) -> None:
         "extract": tv.Extraction(site=tv.ATTN_OUT),
         "halved": Halved(0.25),
         "learn": tv.LearnedVector(layers=(1, 3), epochs=1, how=tv.add(2.0), keep=None),
-        "turned": tv.LearnedVector(layers=(1,), epochs=1, how=tv.rotate(0.3, every_step=False)),
+        "written over": tv.LearnedVector(layers=(1,), epochs=1, how=tv.overwrite),
     }
     own = tv.Task("own", tuple("bcdfghjklmnpqrstvwxz"), str.upper)
     first = tv.compare(
@@ -353,7 +353,7 @@ def test_the_page_says_how_to_repeat_a_comparison(tmp_path: Path) -> None:
         methods,
         **SMALL,
         seeds=(3, 1),
-        strengths=(1, 0.25),
+        strengths=(1.0, 0.25),
         layers=(1, 3),
     )
     first.save(tmp_path / "c.json")
@@ -371,7 +371,7 @@ def test_the_page_says_how_to_repeat_an_experiment_of_several_methods(tmp_path: 
         [tv.library()["to_upper"]],
         **SMALL,
         methods=[tv.MeanState(), tv.Extraction(positions="separators")],
-        strengths=(0.5, 1),
+        strengths=(0.5, 1.0),
         seed=2,
     )
     first.report(tmp_path / "e.html")
@@ -392,5 +392,5 @@ def test_every_method_of_the_package_is_written_as_code_that_makes_it() -> None:
         assert made == method
         assert eval(method_code(method), {"tv": tv}) == method
     assert own_method("halved", {"factor": 0.5}) is None
-    assert own_method("extract", {"substitutes": 0}) is None  # refused by the method
+    assert own_method("learn", {"keep": 0}) is None  # refused by the method
     assert own_method("extract", {"of another version": 1}) is None

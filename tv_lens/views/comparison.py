@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tv_lens.evidence.comparisons import Comparison
+from tv_lens.views.comparison_tables import is_known
 from tv_lens.views.drawing import COLORS, GRAY, SYMBOLS, accuracy_axis, go, make_subplots, plain, style
 
 # Heights in pixels: a method's line in a task's row, the least height of a row, and what is between rows, between
 # panels, above the first panel and below the last.
-_LINE, _ROW, _BETWEEN_ROWS, _BETWEEN_PANELS, _ABOVE, _BELOW = 14, 30, 8, 54, 92, 60
+_LINE, _ROW, _BETWEEN_ROWS, _BETWEEN_PANELS, _ABOVE, _BELOW = 14, 30, 8, 78, 92, 60
 # A row takes this much of the axis on either side of its middle.
 _HALF_ROW = 0.46
 
@@ -32,7 +32,7 @@ def plot_comparison(comparison: Comparison) -> go.Figure:
         cols=1,
         shared_xaxes=True,
         row_heights=heights,
-        vertical_spacing=_BETWEEN_PANELS / (sum(heights) + between),
+        vertical_spacing=_BETWEEN_PANELS / (sum(heights) + between) if len(panels) > 1 else 0,
     )
     _set_layout(figure, comparison, sum(heights) + between)
     looks = {
@@ -45,9 +45,6 @@ def plot_comparison(comparison: Comparison) -> go.Figure:
         _draw_controls(figure, i, tasks, comparison.methods, chosen)
         for method, look in looks.items():
             _draw_method(figure, i, tasks, comparison.methods, [row for row in chosen if row["method"] == method], look)
-    for axis in list(figure.select_xaxes())[:-1]:
-        axis.title = None
-    figure.update_yaxes(title="task", row=1, col=1)
     _draw_legend(figure, looks)
     return figure
 
@@ -89,6 +86,7 @@ def _draw_panel(figure: go.Figure, panel: int, category: str, tasks: Sequence[st
         tickvals=list(range(n)),
         ticktext=[plain(task) for task in tasks],
         range=[n - 0.5, -0.5],  # the first on top
+        title="task",
         automargin=True,
         ticks="",
         zeroline=False,
@@ -245,8 +243,7 @@ def _height_of(row: Row, tasks: Sequence[str], methods: Sequence[str]) -> float:
 
 def _beats_controls(row: Row) -> bool:
     """Whether the method is better than every control after Holm's adjustment."""
-    p = row["p_controls_holm"]
-    return p is not None and not math.isnan(p) and p < 0.05
+    return is_known(row["p_controls_holm"]) and row["p_controls_holm"] < 0.05
 
 
 def _hover_text(row: Row) -> str:
@@ -254,7 +251,7 @@ def _hover_text(row: Row) -> str:
         f"<b>{plain(row['task'])}, {plain(row['method'])}</b>",
         f"accuracy {row['accuracy']:.2f} [{row['low']:.2f}, {row['high']:.2f}], n {row['n']}, layer {row['layers']}",
     ]
-    if _known(row["difference"]):
+    if is_known(row["difference"]):
         lines.append(
             f"from the first method {row['difference']:+.2f} [{row['difference_low']:+.2f}, "
             f"{row['difference_high']:+.2f}], p {row['p_first_holm']:.1g} (Holm)"
@@ -265,7 +262,3 @@ def _hover_text(row: Row) -> str:
             f"p {row['p_controls_holm']:.1g} (Holm)"
         )
     return "<br>".join(lines)
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and not math.isnan(value)

@@ -144,7 +144,7 @@ def _text(heading: str, name: str) -> Column:
 
 
 def _number(heading: str, name: str, how: str = ".2f") -> Column:
-    return Column(heading, lambda row: _cell(row[name], f"{row[name]:{how}}" if _known(row[name]) else ""))
+    return Column(heading, lambda row: _cell(row[name], f"{row[name]:{how}}" if is_known(row[name]) else ""))
 
 
 def _p(heading: str, name: str) -> Column:
@@ -156,17 +156,17 @@ def _interval(heading: str, name: str, low: str = "", high: str = "", *, sign: s
     low, high = low or f"{name}_low", high or f"{name}_high"
 
     def cell(row: Row) -> Cell:
-        if not _known(row[name]):
+        if not is_known(row[name]):
             return _cell(row[name], "")
         value = f"{row[name]:{sign}.2f}"
-        interval = f" [{row[low]:{sign}.2f}, {row[high]:{sign}.2f}]" if _known(row[low]) else ""
+        interval = f" [{row[low]:{sign}.2f}, {row[high]:{sign}.2f}]" if is_known(row[low]) else ""
         return _cell(row[name], value + interval)
 
     return Column(heading, cell)
 
 
 def _verdict(row: Row) -> Cell:
-    return Cell("yes" if _known(row["p_controls_holm"]) and row["p_controls_holm"] < _LEVEL else "")
+    return Cell("yes" if is_known(row["p_controls_holm"]) and row["p_controls_holm"] < _LEVEL else "")
 
 
 def _strongest(row: Row) -> Cell:
@@ -179,12 +179,12 @@ def _over_ties(row: Row) -> Cell:
     return _cell(low, f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}")
 
 
-def _cell(value: float | None, text: str) -> Cell:
+def _cell(value: Any, text: str) -> Cell:
     """A cell of a number; a missing one comes before all others."""
-    return Cell(text, -math.inf if value is None or not _known(value) else float(value))
+    return Cell(text, float(value) if is_known(value) else -math.inf)
 
 
-def _known(value: Any) -> bool:
+def is_known(value: Any) -> bool:
     """Whether a table has this number: pandas writes a missing one as None, NaN or NA."""
     import pandas as pd
 
