@@ -17,7 +17,7 @@ from tv_lens.prompts import PAPER, PromptFormat, Template
 from tv_lens.tasks import Task
 
 # The template of the condition "another template", and the one that replaces it if that is the comparison's own.
-_QUESTION = Template("Q: {input}\nA: {output}", separator="\n\n")
+QUESTION = Template("Q: {input}\nA: {output}", separator="\n\n")
 
 
 def compare(  # noqa: PLR0913 - its options are keywords
@@ -63,8 +63,7 @@ def compare(  # noqa: PLR0913 - its options are keywords
     if not seeds or len({int(seed) for seed in seeds}) < len(seeds):
         raise TvLensError(f"seeds are {seeds!r}; give at least one, each of them once")
     if conditions is None:
-        in_another = other_template(_QUESTION if template != _QUESTION else PAPER)
-        conditions = (shuffled_few_shot, in_another) if shots > 1 else (in_another,)
+        conditions = default_conditions(template, shots)
     designs = [
         Design(
             shots=shots,
@@ -89,3 +88,11 @@ def compare(  # noqa: PLR0913 - its options are keywords
             for design in designs
         )
     )
+
+
+def default_conditions(template: PromptFormat, shots: int) -> tuple[Condition, ...]:
+    """The conditions of a comparison that names none: after demonstrations with permuted outputs, if there are two or
+    more, and in another template.
+    """
+    in_another = other_template(QUESTION if template != QUESTION else PAPER)
+    return (shuffled_few_shot, in_another) if shots > 1 else (in_another,)

@@ -8,15 +8,15 @@ from typing import Any
 from tv_lens.demo import NAME as DEMO
 from tv_lens.edits import Site, Write, overwrite
 from tv_lens.errors import TvLensError
+from tv_lens.evidence.comparing import QUESTION, default_conditions
 from tv_lens.evidence.comparisons import Comparison
-from tv_lens.evidence.conditions import shuffled_few_shot
 from tv_lens.evidence.controls import CONTROLS
 from tv_lens.evidence.results import Experiment
 from tv_lens.evidence.settings import Settings
 from tv_lens.files import to_json
 from tv_lens.methods import AcrossPrompts, Extraction
 from tv_lens.methods.base import METHODS, Method, option_value, settings_of
-from tv_lens.prompts import Template
+from tv_lens.prompts import PAPER, Template
 from tv_lens.provenance import Option
 from tv_lens.tasks import Task, exact_match, fingerprint, library, starts_with
 from tv_lens.views.pages import environment
@@ -46,7 +46,7 @@ def repeat_code(results: Experiment | Comparison) -> str:
             methods=_methods_code(settings, methods),
             are_named=any(method is not None and method.name != name for name, method in methods.items()),
             has_standard_controls=settings.controls == tuple(control.name for control in CONTROLS),
-            has_standard_conditions=settings.conditions == _standard_conditions(settings.shots),
+            has_standard_conditions=settings.conditions == _standard_conditions(settings),
             is_template=settings.template.get("kind") == Template.__name__,
             all_layers=settings.layers == tuple(range(len(settings.layers)))
             and len(settings.layers) == settings.n_layers,
@@ -111,9 +111,10 @@ def _write_code(how: Write) -> str:
     return f"tv.{how.op}({how.strength!r}, every_step={how.every_step}{keep_norm})"
 
 
-def _standard_conditions(shots: int) -> tuple[str, ...]:
-    """The names of the conditions of `compare`, if none are given."""
-    return (*([shuffled_few_shot.name] if shots > 1 else []), "another template")
+def _standard_conditions(settings: Settings) -> tuple[str, ...]:
+    """The conditions of `compare`, if none are given."""
+    template = QUESTION if settings.template == QUESTION.to_dict() else PAPER
+    return tuple(condition.identity for condition in default_conditions(template, settings.shots))
 
 
 def _task_code(settings: Settings, name: str, task: Task | None) -> str | None:
