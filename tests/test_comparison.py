@@ -35,6 +35,7 @@ SMALL: dict[str, Any] = {
     "n_test": 6,
     "max_new_tokens": 3,
     "strengths": (1.0, 3.0),
+    "layers": (0, 2),
 }
 
 
@@ -61,7 +62,7 @@ def test_a_comparison_equals_its_parts(llama: Twins, comparison: Comparison) -> 
         assert result.dev_prompts == tuple(prompt.text for prompt in dev)
         assert result.test_prompts == tuple(prompt.text for prompt in test)
         sweeps = [
-            tv.sweep_layers(llama.bridge, half, dev, vector, how=tv.add(strength), max_new_tokens=3)
+            tv.sweep_layers(llama.bridge, half, dev, vector, [0, 2], how=tv.add(strength), max_new_tokens=3)
             for strength in (1.0, 3.0)
         ]
         by_strength = sorted((result.sweep, *result.other_sweeps), key=lambda sweep: sweep.strength)
@@ -139,23 +140,21 @@ def test_conditions_ask_the_test_queries_in_other_ways(llama: Twins, comparison:
     assert set(comparison.conditions()["condition"]) == {"shuffled few-shot", "another template"}
 
 
-def test_a_comparison_resumes(llama: Twins, comparison: Comparison, tmp_path: Path) -> None:
-    first = tv.compare(llama.bridge, [WORDS, OTHER], METHODS, **SMALL, seeds=(0,), folder=tmp_path)
-    assert first.experiments[0] == comparison.experiments[0]
-    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-0/*.json")}
-    again = tv.compare(llama.bridge, [WORDS, OTHER], METHODS, **SMALL, seeds=(0, 4), folder=tmp_path)
-    assert again == comparison
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+def test_a_comparison_resumes(llama: Twins, tmp_path: Path) -> None:
+    """After an interruption, after losing results and controls, and with more seeds."""
 
+    def run(*seeds: int, folder: Path | None = tmp_path) -> Comparison:
+        return tv.compare(llama.bridge, [WORDS], METHODS[:2], **SMALL, seeds=seeds, folder=folder)
 
-def test_a_lost_control_or_result_is_made_again(llama: Twins, comparison: Comparison, tmp_path: Path) -> None:
-    def run() -> Comparison:
-        return tv.compare(llama.bridge, [WORDS, OTHER], METHODS, **SMALL, seeds=(0,), folder=tmp_path)
-
-    run()
+    first = run(0)
     for path in [*tmp_path.glob("seed-0/*mean_state*.json"), *tmp_path.glob("seed-0/*control*")]:
         path.unlink()
-    assert run().experiments[0] == comparison.experiments[0]
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-0/*.json")}
+    assert len(finished) == 2  # the settings, and the result of the other method
+    again = run(0, 4)
+    assert again.experiments[0] == first.experiments[0]
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert again == run(0, 4, folder=None)
 
 
 def test_comparisons_are_saved_and_read_back(comparison: Comparison, tmp_path: Path) -> None:
@@ -349,12 +348,12 @@ def test_a_table_over_ties_shows_the_range_on_test(llama: Twins) -> None:
     [result] = tv.run_experiment(llama.bridge, [task], shots=2, n_dev=3, n_test=3, max_new_tokens=2).results
     assert [choice.layer for choice in result.ties] == [0, 1, 2, 3]
     assert result.tied_accuracies == (1, 1, 1, 1)
-    mixed = replace(result, tied_accuracies=(1, 0.25, 0.5, 1))
+    mixed = replace(result, tied_accuracies=(1.0, 0.25, 0.5, 1.0))
     assert mixed.test_range == (0.25, 1)
     experiment = Experiment(make_settings(tasks=("upper",)), (mixed,))
     assert experiment.summary()["over ties"].tolist() == ["0.25-1.00"]
     with pytest.raises(tv.TvLensError, match="2 test accuracies for 4 layers"):
-        replace(result, tied_accuracies=(1, 1))
+        replace(result, tied_accuracies=(1.0, 1.0))
 
 
 def test_an_evaluation_with_dev_prompts_wants_one_vector(llama: Twins) -> None:
