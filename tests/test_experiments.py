@@ -518,7 +518,7 @@ def test_an_interrupted_run_resumes_and_repeats_nothing(
     monkeypatch.setattr(tv.LocalEngine, "forward", refuse)
     assert tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder) == experiment
     assert (swept, extracted) == ([], [])
-    assert not [path for path in folder.iterdir() if path.suffix not in (".json", ".safetensors", ".cost")]
+    assert not [path for path in folder.iterdir() if path.suffix not in (".json", ".safetensors")]
 
 
 def test_a_folder_of_another_run_is_refused(llama: Twins, tmp_path: Path) -> None:

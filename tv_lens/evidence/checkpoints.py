@@ -34,20 +34,17 @@ class Checkpoints:
                     self.results[task, method] = self._read_result(task, method)
                 if self._path(task, method, "safetensors").exists():
                     self.vectors[task, method] = self._read_vectors(task, method)
-                if self._path(task, method, "cost").exists():
-                    self.costs[task, method] = self._read_cost(task, method)
                 if (task, method) not in self.results:
                     self._read_controls(task, method)
 
     def keep_vectors(self, task: str, method: str, vectors: TaskVectors, cost: Cost) -> TaskVectors:
-        """Keep a task's vectors and what they cost; the vectors are returned."""
+        """Keep a task's vectors, and in memory what they cost; the vectors are returned."""
         self.vectors[task, method], self.costs[task, method] = vectors, cost
         if self.folder is not None:
             path = self.folder / "settings.json"
             if not path.exists():  # only once there is something to keep
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(path, to_json(self.settings, indent=1))
-            write_whole(self._path(task, method, "cost"), to_json(cost))
             vectors.save(self._path(task, method, "safetensors"))
         return vectors
 
@@ -90,13 +87,6 @@ class Checkpoints:
             return result
         except TvLensError as error:
             raise TvLensError(f"{path}: a damaged result ({error}); delete it to have the task run again") from error
-
-    def _read_cost(self, task: str, method: str) -> Cost:
-        path = self._path(task, method, "cost")
-        try:
-            return from_typed_json(path.read_bytes(), Cost)
-        except TvLensError as error:
-            raise TvLensError(f"{path}: damaged ({error}); delete it") from error
 
     def _read_controls(self, task: str, method: str) -> None:
         for control in self.settings.controls:

@@ -30,7 +30,7 @@ def compare(  # noqa: PLR0913 - its options are keywords
     n_dev: int = 25,
     n_test: int = 50,
     seeds: Sequence[int] = (0, 1, 2),
-    strengths: Sequence[float] = (0.5, 1.0, 2.0),
+    strengths: Sequence[float | int] = (0.5, 1.0, 2.0),
     controls: Sequence[Control] = CONTROLS,
     conditions: Sequence[Condition] | None = None,
     template: PromptFormat = PAPER,

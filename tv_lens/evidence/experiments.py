@@ -59,7 +59,7 @@ def run_experiment(  # noqa: PLR0913 - its options are keywords
     layers: Sequence[int] | None = None,
     folder: str | Path | None = None,
     n_train: int | None = None,
-    strengths: Sequence[float] = (1.0,),
+    strengths: Sequence[float | int] = (1.0,),
 ) -> Experiment:
     """The paper's main experiment (Hendel et al. 2023, section 3), for each task:
 

@@ -87,7 +87,7 @@ def at_strength(vectors: TaskVectors, strength: float) -> TaskVectors:
     return replace(vectors, usage=replace(vectors.usage, strength=vectors.usage.strength * strength))
 
 
-def check_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
+def check_strengths(strengths: Sequence[float | int]) -> tuple[float, ...]:
     """The strengths, each a positive number, given once.
 
     Raises:
