@@ -15,7 +15,7 @@ import tv_lens as tv
 from tv_lens.engines import Capability, ModelInfo, Pass, StatelessEngine, TextCodec, Tokens
 
 TEMPLATE = tv.Template("{input}>{output}", separator=";")
-N_RUNS = 80
+N_RUNS = 50
 
 
 def answer(text: str) -> str:
