@@ -421,7 +421,7 @@ def test_a_sweep_that_stops_takes_fewer_tokens(name: str) -> None:
         count_positions(twins.bridge, lambda task=each: tv.sweep_layers(twins.bridge, task, prompts, vectors))  # type: ignore[misc]
         for each in (task, on_whole_answers(task))
     )
-    assert 2 * stopped < whole
+    assert stopped < 0.6 * whole
 
 
 @pytest.mark.parametrize(("verdict", "n_tokens"), [(True, 1), (False, 1), (None, 4)])
