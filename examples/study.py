@@ -31,7 +31,7 @@ BIJECTIONS = {
 }
 
 # Layers as shares of the model's depth: those that are tried, and those that vectors are learned for.
-TRIED = (0.3, 0.43, 0.57, 0.7, 0.83)
+TRIED = (0.17, 0.3, 0.43, 0.57, 0.7, 0.83)
 LEARNED = (0.3, 0.57, 0.7)
 SIZES: dict[str, dict[str, Any]] = {
     "full": {"n_train": 20, "n_dev": 12, "n_test": 30, "strengths": (1.0, 2.0)},
