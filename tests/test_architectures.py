@@ -128,7 +128,9 @@ def test_tokens(name: str) -> None:
 def test_sweep(name: str) -> None:
     """A sweep answers at each layer as a plain hook at that layer does."""
     twins, prompts = twins_of(name), PROMPTS[1:]
-    vectors, task = vectors_for(twins), tv.Task("t", QUERIES, str.upper)
+    # A rule that cannot decide early, so that the answers are whole.
+    whole = tv.Rule("whole answers", lambda prediction, answer: prediction == answer)
+    vectors, task = vectors_for(twins), tv.Task("t", QUERIES, str.upper, whole)
     own = replace(vectors, values=vectors.values[1:])
     swept = tv.sweep_layers(twins.bridge, task, prompts, own, max_new_tokens=2)
     assert swept.layers == tuple(range(twins.bridge.cfg.n_layers))

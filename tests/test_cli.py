@@ -77,6 +77,97 @@ def test_run_is_run_experiment(capsys: pytest.CaptureFixture[str], tiny: Tiny, p
     assert tv.Experiment.load(saved).results == expected.results
 
 
+def test_run_takes_layers_strengths_and_training_prompts(
+    capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path
+) -> None:
+    saved = str(tmp_path / "out.json")
+    methods = ["--method", "extract:substitutes=1", "--method", "extract:substitutes=3", "--method", "mean_state"]
+    tried = ["--n-train", "3", "--layers", "0-3:2,1", "--strengths", "0.5,2"]
+    actual = as_json(capsys, "run", pairs, "--model", tiny.folder, *SMALL, *methods, *tried, "--save", saved)
+    assert list(actual["settings"]["methods"]) == ["extract:substitutes=1", "extract:substitutes=3", "mean_state"]
+    expected = tv.run_experiment(
+        tiny.twins.bridge,
+        [tv.Task.from_file(pairs, accepts=tv.starts_with)],
+        shots=2,
+        n_train=3,
+        n_dev=4,
+        n_test=4,
+        max_new_tokens=2,
+        layers=[0, 2, 1],
+        strengths=[0.5, 2.0],
+        methods={
+            "extract:substitutes=1": tv.Extraction(substitutes=1),
+            "extract:substitutes=3": tv.Extraction(substitutes=3),
+            "mean_state": tv.MeanState(),
+        },
+    )
+    assert tv.Experiment.load(saved).results == expected.results
+    assert actual["settings"]["layers"] == [0, 2, 1]
+
+
+COMPARED = ["--n-train", "3", "--seeds", "0,2", "--layers", "1,3", "--strengths", "1,3"]
+
+
+def test_compare_is_compare(capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path) -> None:
+    saved, page, folder = (str(tmp_path / name) for name in ("c.json", "c.html", "kept"))
+    methods = ["--method", "mean_state", "--method", "linear_vector:penalty=2.5"]
+    asked = ["compare", pairs, "to_upper", "--model", tiny.folder, *SMALL, *COMPARED, *methods, "--folder", folder]
+    actual = as_json(capsys, *asked, "--save", saved, "--report", page)
+    expected = tv.compare(
+        tiny.twins.bridge,
+        [tv.Task.from_file(pairs, accepts=tv.starts_with), tv.library()["to_upper"]],
+        [tv.MeanState(), tv.LinearVector(penalty=2.5)],
+        shots=2,
+        n_train=3,
+        n_dev=4,
+        n_test=4,
+        seeds=(0, 2),
+        layers=[1, 3],
+        strengths=[1.0, 3.0],
+        max_new_tokens=2,
+    )
+    loaded = tv.Comparison.load(saved)
+    assert [each.results for each in loaded.experiments] == [each.results for each in expected.experiments]
+    assert actual["seeds"] == [0, 2]
+    assert [row["method"] for row in actual["by_method"]] == ["mean_state", "linear_vector"]
+    assert [row["accuracy"] for row in actual["estimates"]] == expected.estimates()["accuracy"].tolist()
+    assert {each.name for each in Path(folder).iterdir()} == {"seed-0", "seed-2"}
+
+    # The same command reads what is kept, and another one makes the same page from the file.
+    kept = {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
+    code, out, _ = call(capsys, *asked)
+    assert code == 0
+    assert {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")} == kept
+    again = str(tmp_path / "again.html")
+    made = as_json(capsys, "report", saved, "--to", again)
+    assert (made["file"], made["tasks"], made["methods"]) == (again, 2, 2)
+    assert Path(again).read_text(encoding="utf-8") == Path(page).read_text(encoding="utf-8")
+
+    lines = out.splitlines()
+    assert "2 shots, full answer by starts_with, seeds 0, 2" in lines[0]
+    for wanted in ("difference from mean_state", "better than every control in", "p difference", "p controls", "Holm"):
+        assert wanted in out
+    for text in expected.summary()["accuracy"]:
+        assert text in out
+    assert not {"nan", "NaN", "<NA>", "None"} & set(out.split())
+
+
+def test_compare_has_default_methods(capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str) -> None:
+    few = ["--seeds", "0", "--layers", "1", "--strengths", "1", "--n-train", "3"]
+    actual = as_json(capsys, "compare", pairs, "--model", tiny.folder, *SMALL, *few)
+    methods = actual["settings"]["methods"]
+    assert list(methods) == ["extract", "mean_state", "function_vector", "state_vectors", "linear_vector"]
+    assert (methods["function_vector"]["heads"], methods["function_vector"]["preselect"]) == (40, 60)
+
+
+def test_a_comparison_that_needs_plotly_says_so_before_the_work(
+    capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    code, _, err = call(capsys, "compare", pairs, "--model", tiny.folder, "--report", "x.html")
+    assert (code, 'pip install "tv_lens[plots]"' in err) == (1, True)
+
+
 def test_a_table_shows_intervals_and_says_what_was_scored(
     capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str
 ) -> None:
@@ -84,6 +175,8 @@ def test_a_table_shows_intervals_and_says_what_was_scored(
     assert code == 0
     assert "2 shots, full answer by starts_with, seed 0" in out
     assert "0.00 [0.00, 0.60]" in out  # 0 of 4
+    for explained in ("p controls: the exact one-sided test", "Holm: the same", "p zero-shot: McNemar's exact test"):
+        assert explained in out
     assert all(name in out for name in ("zero-shot", "few-shot", "patched", "random", "shuffled"))
     assert max(map(len, out.splitlines())) > 100  # not broken to fit a narrow window
     code, out, _ = call(capsys, "run", pairs, "--model", tiny.folder, *SMALL, "--rule", "exact_match", "--across")
@@ -285,6 +378,24 @@ def test_mistakes_are_reported_without_torch(tmp_path: Path, pairs: str) -> None
         (["generate", "x", "--demo", "--vectors", file, "--layer", "2"], 1, "not a safetensors file"),
         (["generate", "x", "--vectors", file, "--layer", "2"], 2, "say which model"),
         (["report", str(tmp_path / "e.json"), "--to", str(tmp_path / "x.html")], 1, "not a saved experiment"),
+        (["compare", "antonym", "--demo"], 2, "did you mean antonyms?"),
+        (["compare", "antonyms"], 2, "say which model"),
+        (["compare", "antonyms", "--demo", "--method", "extract"], 2, "nothing to be compared with"),
+        (["compare", "antonyms", "--demo", *["--method", "extract:substitutes=1"] * 2], 2, "is given twice"),
+        (["compare", "antonyms", "--demo", "--method", "lern", "--method", "learn"], 2, "did you mean learn?"),
+        (["compare", "antonyms", "--demo", "--seeds", "0,0"], 2, "--seeds 0,0: give each number once"),
+        (["compare", "antonyms", "--demo", "--seeds", "-1"], 2, "--seeds -1: give numbers"),
+        (["compare", "antonyms", "--demo", "--layers", "9-5"], 2, "such as 3,9,15 or 0-28:2"),
+        (["compare", "antonyms", "--demo", "--layers", "0-99999999"], 2, "more than 10000 numbers"),
+        (["compare", "antonyms", "--demo", "--strengths", "1,0"], 2, "--strengths 1,0: give positive numbers"),
+        (["compare", "antonyms", "--demo", "--strengths", "nan"], 2, "--strengths nan: give positive numbers"),
+        (["compare", "antonyms", "--demo", "--report", "x.pdf"], 2, "must end in .html"),
+        (["compare", "antonyms", "--demo", "--save", "x.csv"], 2, "must end in .json or .parquet"),
+        (["compare", "antonyms", "--demo", "--folder", str(tmp_path / "full")], 1, "holds no comparison"),
+        (["compare", "antonyms", "--demo", "--folder", file], 2, "is not a folder"),
+        (["compare", "antonyms", "--demo", "--shots", "70"], 1, "70 shots and a query need 71"),
+        (["run", "antonyms", "--demo", "--layers", "a"], 2, "--layers a: give numbers"),
+        (["run", "antonyms", "--demo", "--strengths", "2,x"], 2, "--strengths 2,x: give positive numbers"),
         (["report", "nosuch.json", "--to", str(tmp_path / "x.html")], 1, "nosuch.json"),
     ]
     code = BLOCKED + (

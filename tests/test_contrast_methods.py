@@ -253,20 +253,26 @@ def test_the_methods_compare_inputs_and_outputs(llama: Twins, direction: Any) ->
     assert method_of(turn(engine, LETTERS, PROMPTS, 0).mean()) == turn
 
 
+def whole_answers(prediction: str, answer: str) -> bool:
+    """A rule that cannot decide early, so that sweeps give whole answers."""
+    return prediction == answer
+
+
 def test_an_experiment_compares_both_methods(llama: Twins, tmp_path: Path) -> None:
+    task = replace(LETTERS, accepts=whole_answers)
     methods = [tv.MeanDifference(strength=2.0), tv.InContextVector()]
     options: dict[str, Any] = {"methods": methods, "folder": tmp_path / "run", **SMALL}
-    actual = tv.run_experiment(llama.bridge, [LETTERS], **options)
+    actual = tv.run_experiment(llama.bridge, [task], **options)
     mean, turn = actual.results
     assert (mean.sweep.layers, turn.sweep.layers) == ((0, 1, 2, 3), (3,))
     assert mean.evaluation.layer in (0, 1, 2, 3)
     assert turn.evaluation.layer == (0, 1, 2, 3)
     assert list(mean.evaluation.controls) == list(turn.evaluation.controls) == ["random", "shuffled"]
     vector = actual.vectors["upper, in_context_vector"]
-    dev, _ = LETTERS.split(0.5, seed=0)
+    dev, _ = task.split(0.5, seed=0)
     texts = tv.patch_generate(llama.bridge, dev.sample(4, shots=3, seed=0), vector, 3, max_new_tokens=2)
     assert turn.sweep.scores[0].texts == tuple(texts)
-    assert tv.run_experiment(llama.bridge, [LETTERS], **options) == actual  # from its folder
+    assert tv.run_experiment(llama.bridge, [task], **options) == actual  # from its folder
 
 
 def test_the_control_swaps_half_of_the_demonstrations(llama: Twins) -> None:

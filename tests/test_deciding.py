@@ -205,7 +205,7 @@ FORMATS: list[PromptFormat] = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=repr)
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: type(form).__name__)
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from("ab#.] \n"), max_size=14))
 def test_a_settled_beginning_is_in_every_answer(form: PromptFormat, completion: str) -> None:
@@ -213,7 +213,7 @@ def test_a_settled_beginning_is_in_every_answer(form: PromptFormat, completion: 
         assert form.cut(completion).startswith(form.settled(completion[:end]))
 
 
-@pytest.mark.parametrize("form", FORMATS[:-2], ids=repr)
+@pytest.mark.parametrize("form", FORMATS[:-2], ids=lambda form: type(form).__name__)
 def test_all_is_settled_that_can_not_end_an_answer(form: PromptFormat) -> None:
     assert form.settled("cold") == form.settled("cold! it")[:4] == "cold"
     assert form.settled("cold! it") == "cold! it"
@@ -421,7 +421,7 @@ def test_a_sweep_that_stops_takes_fewer_tokens(name: str) -> None:
         count_positions(twins.bridge, lambda task=each: tv.sweep_layers(twins.bridge, task, prompts, vectors))  # type: ignore[misc]
         for each in (task, on_whole_answers(task))
     )
-    assert 2 * stopped < whole
+    assert stopped < 0.6 * whole
 
 
 @pytest.mark.parametrize(("verdict", "n_tokens"), [(True, 1), (False, 1), (None, 4)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,9 @@ def test_a_split_model_generates_and_sweeps(split: tuple[TransformerBridge, Twin
     values = torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(3)) * 3
     vectors = tv.TaskVectors(values, "tiny-llama", "t")
     actual = tv.patch_generate(bridge, PROMPTS, vectors, 2, max_new_tokens=3).tokens
-    swept = tv.sweep_layers(bridge, WORDS, PROMPTS, vectors, max_new_tokens=2)
+    # A rule that cannot decide early, so that the answers are whole.
+    task = replace(WORDS, accepts=tv.Rule("whole answers", lambda prediction, answer: prediction == answer))
+    swept = tv.sweep_layers(bridge, task, PROMPTS, vectors, max_new_tokens=2)
     for i, prompt in enumerate(PROMPTS):
         ids = ids_of(bridge, prompt.zero_shot().text)
         last = ids.shape[1] - 1

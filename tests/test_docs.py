@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models import Twins
 from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
@@ -100,6 +101,30 @@ def test_the_page_on_tokens_shows_what_show_tokens_prints(demo: TransformerBridg
     session = doctest.DocTestParser().get_doctest(page, {"tv": tv, "model": demo}, "tokens.md", None, 0)
     assert len(session.examples) == 3
     assert doctest.DocTestRunner().run(session).failed == 0
+
+
+def test_the_page_on_statistics_shows_what_its_functions_return() -> None:
+    page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
+    session = "\n".join(re.findall(r"^```pycon\n(.*?)^```$", page, re.M | re.S))
+    examples = doctest.DocTestParser().get_doctest(session, {}, "statistics.md", None, 0)
+    assert len(examples.examples) == 24
+    assert doctest.DocTestRunner().run(examples).failed == 0
+
+
+def test_the_page_on_comparing_runs(llama: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "comparing.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python (\w+)\n(.*?)^```$", page, re.M | re.S)
+    assert [name for name, _ in blocks] == ["compare", "names"]
+    words = tuple(f"{a}{b}" for a in "abcdef" for b in "uvwx")
+    tasks = {"task": tv.Task("upper", words, str.upper), "other_task": tv.Task("double", words, lambda text: text * 2)}
+    known: dict[str, Any] = {"model": tv.LocalEngine(llama.bridge, progress=False), **tasks}
+    for _, code in blocks:
+        code = re.sub(r"(n_train=|n_dev=|n_test=)\d+", r"\g<1>4", code)  # fewer prompts and tokens, to be quick
+        exec(code.replace("n_dev=", "max_new_tokens=1, n_dev="), known)
+    assert tv.Comparison.load("comparison.json") == known["comparison"]
+    assert {path.name for path in tmp_path.iterdir()} == {"results", "comparison.html", "comparison.json"}
+    assert set(known["methods"]) == {"extract", "extract, added", "learn", "learn, overwritten"}
 
 
 @pytest.mark.parametrize(

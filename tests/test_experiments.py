@@ -16,8 +16,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
 from tv_lens import Evaluation, Prompt, Score, Sweep, Task, TaskVectors, Template
-from tv_lens.evidence import experiments
+from tv_lens.evidence import experiments, tuning
 from tv_lens.evidence.controls import ShuffledDemonstrations, Treatment, random_like
+from tv_lens.evidence.other_tasks import least_similar
 from tv_lens.methods import extraction
 
 TASK = Task("upper", ("a", "bb", "cold", "dog", "quick brown", "fox", "wet", "x"), str.upper)
@@ -274,7 +275,8 @@ def test_an_experiment_equals_its_parts(llama: Twins, experiment: tv.Experiment)
         dev, _ = task.split(6 / 13, seed=0)
         prompts = dev.sample(6, shots=2, seed=0, template=tv.PAPER)
         means[task.name] = tv.extract(llama.bridge, prompts, dev.substitutes(prompts, 2, seed=0)).mean()
-    for result, task, other in zip(experiment.results, TASKS, (OTHER, THIRD, WORDS), strict=True):
+    others = [result.other_task for result in experiment.results]
+    for result, task, other in zip(experiment.results, TASKS, others, strict=True):
         dev, test = task.split(6 / 13, seed=0)
         prompts = dev.sample(6, shots=2, seed=0, template=tv.PAPER)
         sweep = tv.sweep_layers(llama.bridge, dev, prompts, means[task.name], max_new_tokens=2)
@@ -282,16 +284,19 @@ def test_an_experiment_equals_its_parts(llama: Twins, experiment: tv.Experiment)
         mixed = tv.shuffle_outputs(prompts, 0)
         shuffled = tv.extract(llama.bridge, mixed, dev.substitutes(mixed, 2, seed=0)).mean()
         asked = test.sample(7, shots=2, seed=0, template=tv.PAPER)
-        assert result.evaluation == tv.evaluate(
-            llama.bridge,
-            test,
-            asked,
-            means[task.name],
-            sweep.best,
-            max_new_tokens=2,
-            controls={"other task": means[other.name], "shuffled": shuffled},
-        )
-        assert result.other_task == other.name
+        assert other is not None
+        assert other != task.name
+        for controls in ({"other task": means[other], "shuffled": shuffled}, {"other task": means[other]}):
+            assert result.evaluation == tv.evaluate(
+                llama.bridge,
+                dev,  # from whose inputs the substitutes of the shuffled prompts are drawn
+                asked,
+                means[task.name],
+                sweep.best,
+                max_new_tokens=2,
+                controls=controls,
+                dev=prompts,
+            )
         assert torch.equal(experiment.vectors[task.name].values, means[task.name].values)
 
 
@@ -307,8 +312,18 @@ def test_the_seed_reaches_every_draw(llama: Twins, seed: int) -> None:
     shuffled = tv.extract(llama.bridge, mixed, dev.substitutes(mixed, 2, seed=seed)).mean()
     asked = test.sample(7, shots=4, seed=seed, template=tv.PAPER)
     [result] = actual.results
-    for name, each in {"random": random_like(vector, 7, seed), "shuffled": shuffled, "patched": vector}.items():
-        texts = tv.patch_generate(llama.bridge, asked, each, result.sweep.best, max_new_tokens=2)
+    noise = random_like(vector, 6 + 7, seed)  # for the dev prompts, and then for the test prompts
+    noises = [replace(noise, values=noise.values[rows]) for rows in (slice(6), slice(6, None))]
+    for name, (on_dev, on_test) in {
+        "patched": (vector, vector),
+        "random": noises,
+        "shuffled": (shuffled, shuffled),
+    }.items():
+        sweep = tv.sweep_layers(llama.bridge, dev, prompts, on_dev, max_new_tokens=2)
+        # A control that several layers suit equally well gets the vector's.
+        layer = result.sweep.best if result.sweep.best in sweep.ties else sweep.best
+        assert result.evaluation.layer_of(name) == layer
+        texts = tv.patch_generate(llama.bridge, asked, on_test, layer, max_new_tokens=2)
         assert result.evaluation.conditions[name].texts == texts.texts
 
 
@@ -325,17 +340,33 @@ def test_the_shuffled_control_permutes_by_the_seed(llama: Twins) -> None:
     assert torch.equal(actual.values, expected.values)
 
 
-def test_the_other_task_is_half_the_list_away(llama: Twins) -> None:
-    """Not the neighbor, which is more likely to be a relative."""
-    tasks = [replace(WORDS, name=f"task {i}") for i in range(5)]
-    actual = tv.run_experiment(llama.bridge, tasks, **SMALL | {"n_dev": 2, "n_test": 2, "layers": [1]})
-    assert [result.other_task for result in actual.results] == ["task 2", "task 3", "task 4", "task 0", "task 1"]
+def test_the_other_task_is_of_another_category(llama: Twins) -> None:
+    """Of several, it is the least similar by name and vectors; "plurals" is like "plural"."""
+    named = {"plural": "words", "singular": "words", "sum": "numbers", "plurals": "numbers"}
+    tasks = [replace(WORDS, name=name, category=category) for name, category in named.items()]
+    actual = tv.run_experiment(llama.bridge, tasks, **SMALL | {"n_dev": 4, "n_test": 2, "layers": [1]})
+    assert actual.results[0].other_task == "sum"
+    assert all(named[str(result.other_task)] != result.category for result in actual.results)
     for i, result in enumerate(actual.results):
-        _, test = tasks[i].split(0.5, seed=0)
+        _, test = tasks[i].split(4 / 6, seed=0)
         asked = test.sample(2, shots=2, seed=0)
         other = actual.vectors[str(result.other_task)]
         texts = tv.patch_generate(llama.bridge, asked, other, 1, max_new_tokens=2).texts
         assert result.evaluation.controls["other task"].texts == texts
+
+
+def test_without_categories_the_least_similar_vector_is_the_other_task() -> None:
+    """By hand: cosines of 1, 0.6 and 0, and names that are equally alike."""
+    tasks = [replace(WORDS, name=f"task {i}") for i in range(4)]
+    values = torch.tensor([[1.0, 0], [1, 0], [0.6, 0.8], [0, 1]])
+
+    def vectors(i: int) -> TaskVectors:
+        return TaskVectors(values[i].expand(1, 3, 2).clone(), "tiny", tasks[i].name)
+
+    assert [least_similar(i, tasks, vectors) for i in range(4)] == [3, 3, 0, 0]
+    one_known = [replace(task, category="words") if i < 2 else task for i, task in enumerate(tasks)]
+    assert least_similar(0, one_known, vectors) == 3  # tasks without a category are not known to differ
+    assert least_similar(0, tasks[:1], vectors) is None
 
 
 def test_another_tasks_vectors_are_refused_on_resume(llama: Twins, tmp_path: Path) -> None:
@@ -457,19 +488,19 @@ def test_an_interrupted_run_resumes_and_repeats_nothing(
 ) -> None:
     swept: list[str] = []
     extracted: list[str] = []
-    really_sweep, really_extract = tv.sweep_layers, extraction.extract
+    really_tune, really_extract = tuning.tune, extraction.extract
 
-    def sweep(engine: Any, task: Task, *args: Any, **options: Any) -> Sweep:
+    def tune(engine: Any, task: Task, *args: Any, **options: Any) -> Any:
         swept.append(task.name)
         if swept == ["upper", "double"]:
             raise KeyboardInterrupt
-        return really_sweep(engine, task, *args, **options)
+        return really_tune(engine, task, *args, **options)
 
     def extract(engine: Any, prompts: Any, substitutes: Any, **options: Any) -> TaskVectors:
         extracted.append(prompts[0].task)
         return really_extract(engine, prompts, substitutes, **options)
 
-    monkeypatch.setattr(experiments, "sweep_layers", sweep)
+    monkeypatch.setattr(experiments, "tune", tune)
     monkeypatch.setattr(extraction, "extract", extract)
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):

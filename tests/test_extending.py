@@ -119,7 +119,7 @@ def test_a_custom_method_goes_through_an_experiment(llama: Twins, tmp_path: Path
     actual.report(tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "upper, scaled" in text
-    assert "methods=[...]" in text
+    assert "own[&#39;scaled&#39;],  # a custom method, {&#39;factor&#39;: 3.0}" in text
     methods[1] = ScaledExtraction(factor=4.0)
     with pytest.raises(tv.TvLensError, match="other settings .*methods was"):
         tv.run_experiment(llama.bridge, [LETTERS], methods=methods, folder=tmp_path / "run", **SMALL)

@@ -235,3 +235,11 @@ def test_the_demo_model_is_hashed_whole_in_a_moment(demo: Any) -> None:
     first = fingerprint(demo)
     assert time.monotonic() - begun < 20
     assert fingerprint(demo) == first
+
+
+def test_the_first_pass_changes_no_fingerprint(demo: Any) -> None:
+    """transformers leaves hooks on some models, so a run in a folder must not take them for the user's."""
+    engine = tv.LocalEngine(tv.demo_model())  # a fresh one
+    before = engine.fingerprint()
+    tv.generate(engine, ["a b"], max_new_tokens=1)
+    assert engine.fingerprint() == before

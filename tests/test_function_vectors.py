@@ -165,11 +165,13 @@ def test_what_cannot_be_run_is_refused() -> None:
 
 
 def test_an_experiment_writes_a_distributed_vector_at_all_its_layers(llama: Twins) -> None:
+    # A rule that cannot decide early, so that the answers are whole.
+    task = replace(LETTERS, accepts=tv.Rule("whole answers", lambda prediction, answer: prediction == answer))
     methods = [FunctionVector(heads=((2, 1), (0, 3)), distributed=True)]
-    actual = tv.run_experiment(llama.bridge, [LETTERS], methods=methods, **SMALL)
+    actual = tv.run_experiment(llama.bridge, [task], methods=methods, **SMALL)
     [result] = actual.results
     assert (result.sweep.layers, result.evaluation.layer) == ((2,), (0, 2))
-    dev, _ = LETTERS.split(0.5, seed=0)
+    dev, _ = task.split(0.5, seed=0)
     prompts = dev.sample(4, shots=2, seed=0)
     texts = tv.patch_generate(llama.bridge, prompts, actual.vectors["upper"], tv.layers(0, 2), max_new_tokens=2)
     assert result.sweep.scores[0].texts == tuple(texts)

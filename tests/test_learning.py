@@ -468,12 +468,13 @@ def test_an_experiment_tries_the_layers_of_the_best_validation(llama: Twins, tmp
     assert result.sweep.layers == vectors.tried_layers == learned.best_layers[:1]
     assert vectors.layers == (0, 1, 2, 3)
     torch.testing.assert_close(vectors.values, learned.vectors.values)
-    layer = result.sweep.best
     mixed = tv.shuffle_answers(prompts, 0)
-    control = learn(llama.bridge, mixed, layers=layer, epochs=2, validation=0.5, lr=0.05).vectors
+    trained = learn(llama.bridge, mixed, epochs=2, validation=0.5, lr=0.05)
+    control = trained.vectors
+    assert result.evaluation.control_layers["shuffled"] == trained.best_layers[0]
     tests = [Prompt((), query) for query in result.queries]
     assert result.evaluation.controls["shuffled"].texts == tuple(
-        tv.patch_generate(llama.bridge, tests, control, layer, max_new_tokens=2)
+        tv.patch_generate(llama.bridge, tests, control, trained.best_layers[0], max_new_tokens=2)
     )
     assert tv.run_experiment(llama.bridge, [LETTERS], methods=[method], folder=tmp_path / "run", **SMALL) == actual
     vectors.save(tmp_path / "v.safetensors")

@@ -9,7 +9,7 @@ import sys
 import plotly.graph_objects as go
 import pytest
 import torch
-from results import make_settings, score_of
+from results import make_comparison, make_settings, score_of
 
 import tv_lens as tv
 from tv_lens import Conflict, Evaluation, Experiment, Sweep, TaskResult, TaskVectors, TopTokens
@@ -42,6 +42,7 @@ ALIKE = tv.compare_tasks([TaskVectors(torch.eye(3)[rows, None], "tiny", name) fo
 MAP = tv.map_vectors([TaskVectors(torch.eye(4)[:3, None], "m", EVIL), TaskVectors(torch.eye(4)[3:, None], "m", "b")], 0)
 TOKENS = TopTokens(EVIL, 3, (("a", "b\n"), ("\ufffd", "\ufffd")), ((7, 8), (9, 10)), ((0.5, 0.25), (0.75, 0.125)))
 EFFECTS = tv.HeadEffects(torch.eye(2)[None].repeat(3, 1, 1), torch.zeros(3), "m", EVIL, (0, 1), 2)
+COMPARISON = make_comparison({EVIL: EVIL, "b": ""}, {"extract": {}, EVIL: {}, "mean_state": {}})
 CONDITIONS = tv.Conditions({EVIL: {"no vector": score_of(1), EVIL: score_of(5), "other": score_of(3)}})
 
 FIGURES = {
@@ -55,6 +56,7 @@ FIGURES = {
     "tokens": lambda: TOKENS.plot(),
     "heads": lambda: EFFECTS.plot(),
     "conditions": lambda: CONDITIONS.plot(),
+    "comparison": lambda: COMPARISON.plot(),
 }
 
 

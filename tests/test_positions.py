@@ -46,16 +46,21 @@ def test_a_sweep_runs_queries_once_and_then_a_token_a_layer(layers: list[int]) -
 def test_a_whole_task_extracts_and_sweeps_once() -> None:
     """run_experiment against the sum of its parts: P prompts of 1 shot, one new token throughout."""
     bridge = make_twins("llama").bridge
+    made: list[tv.Experiment] = []
     run = count_positions(
-        bridge, lambda: tv.run_experiment(bridge, [LETTERS], shots=1, n_dev=4, n_test=4, max_new_tokens=1)
+        bridge,
+        lambda: made.append(tv.run_experiment(bridge, [LETTERS], shots=1, n_dev=4, n_test=4, max_new_tokens=1)),
     )
     query = ids_of(bridge, "example:b->").shape[1]
     whole = ids_of(bridge, "example:b->b\nexample:c->").shape[1]
     tail = shared_tail(bridge, "example:b->b\nexample:c->", "example:b->b\nexample:d->")
     extraction = 4 * (whole - tail + 2 * tail)
-    sweep = 4 * (query - 1 + 4)
-    patched = 4 * (query - 1 + 2)  # the vector and the random control; one shot leaves nothing to shuffle
-    assert run == extraction + sweep + 4 * whole + 4 * query + patched
+    # The vector and the random control (one shot leaves nothing to shuffle) at four layers.
+    sweep = 4 * (query - 1 + 2 * 4)
+    # The queries up to their last token once, then that token alone, and with the vector and the control.
+    tested = 4 * (query - 1 + 1 + 2)
+    ties = 4 * (len(made[0].results[0].ties) - 1)  # the other layers that are as good on dev, each tested once
+    assert run == extraction + sweep + 4 * whole + tested + ties
 
 
 def shared_tail(bridge: TransformerBridge, one: str, other: str) -> int:

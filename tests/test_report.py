@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsers import fetched, open_browser, texts
 from models import make_twins
 from test_cli import call
 
@@ -49,26 +48,7 @@ def page(experiment: tv.Experiment, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from selenium import webdriver
-
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if program is None or driver is None:
-        if os.environ.get("TV_LENS_NEED_BROWSER"):
-            raise RuntimeError("chromium and chromedriver are to be here")
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    # Offline: the page must not need the network.
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "window-size=1200,1000", "proxy-server=127.0.0.1:9"):
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    actual = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield actual
-    actual.quit()
-
-
-def texts(browser: Any, selector: str) -> list[str]:
-    return [each.text for each in browser.find_elements("css selector", selector)]
+    yield from open_browser()
 
 
 def test_it_opens_without_an_error_and_draws(browser: Any, page: Path, experiment: tv.Experiment) -> None:
@@ -83,8 +63,7 @@ def test_it_opens_without_an_error_and_draws(browser: Any, page: Path, experimen
     assert set(texts(browser, "[data-figure=overview] .ytick text")) == {EVIL, PLAIN}
     assert len(browser.find_elements("css selector", "[data-figure=overview] .barlayer .point")) == 6
     # Nothing is fetched: everything is in the page.
-    fetched = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
-    assert [name for name in fetched if not name.startswith("data:")] == []
+    assert fetched(browser) == []
 
 
 @pytest.mark.parametrize("column", ["zero-shot", "patched", "p", "task"])

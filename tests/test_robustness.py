@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -199,8 +200,10 @@ def test_answers_that_grow_beyond_the_length_are_those_of_the_whole_text(name: s
     vectors = vectors_for(twins.bridge, 1)
     actual = tv.generate(twins.bridge, list(LONG), max_new_tokens=6).tokens
     patched = tv.patch_generate(twins.bridge, list(LONG), vectors, 1, max_new_tokens=6).tokens
+    # A rule that cannot decide early, so that the answers are whole.
+    task = replace(TASK, accepts=tv.Rule("whole answers", lambda prediction, answer: prediction == answer))
     swept = tv.sweep_layers(
-        twins.bridge, TASK, [Prompt((), text, "A", NEVER) for text in LONG], vectors, max_new_tokens=3
+        twins.bridge, task, [Prompt((), text, "A", NEVER) for text in LONG], vectors, max_new_tokens=3
     )
     for row, text in enumerate(LONG):
         ids = ids_of(twins.bridge, text)

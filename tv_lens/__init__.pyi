@@ -22,9 +22,10 @@ from .edits import (
 )
 from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for
 from .errors import EngineError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
+from .evidence.comparing import compare
+from .evidence.comparisons import Comparison
 from .evidence.conditions import (
     Condition,
-    Conditions,
     across_conditions,
     free_text,
     occurs,
@@ -33,9 +34,21 @@ from .evidence.conditions import (
     zero_shot,
 )
 from .evidence.controls import Control, OtherTask, RandomDirection, RandomHeads, ShuffledDemonstrations
-from .evidence.evaluation import conflict, evaluate, score, sweep_layers
+from .evidence.evaluation import conflict, evaluate, sweep_layers
 from .evidence.experiments import run_experiment
-from .evidence.results import Conflict, Evaluation, Experiment, Score, Sweep, TaskResult, mcnemar
+from .evidence.results import (
+    Choice,
+    Conditions,
+    Conflict,
+    Cost,
+    Evaluation,
+    Experiment,
+    Score,
+    Sweep,
+    TaskResult,
+    mcnemar,
+)
+from .evidence.scoring import score
 from .evidence.settings import Settings
 from .generation import Completions, generate, greedy, patch_generate, patched_logits, sample
 from .geometry import Similarities, VectorMap, compare_tasks, map_vectors, pca, similarity, tsne
@@ -70,12 +83,15 @@ __all__ = [
     "RESID_POST",
     "AcrossPrompts",
     "ChatTemplate",
+    "Choice",
+    "Comparison",
     "Completions",
     "Condition",
     "Conditions",
     "Conflict",
     "ContrastivePairs",
     "Control",
+    "Cost",
     "DemoModelError",
     "DistilledVector",
     "Edit",
@@ -137,6 +153,7 @@ __all__ = [
     "across_tasks",
     "add",
     "answer_logprobs",
+    "compare",
     "compare_tasks",
     "conflict",
     "contrastive_library",

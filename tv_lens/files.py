@@ -107,3 +107,5 @@ def typed(data: Any, kind: type[T]) -> T:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
         raise TvLensError(str(error)) from error
+    except UnicodeEncodeError as error:  # while it names the key
+        raise TvLensError(f"a key is not Unicode text ({error})") from error

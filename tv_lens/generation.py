@@ -14,7 +14,7 @@ from transformer_lens.utilities.statistics import derive_generator
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tv_lens.edits import Edits, Positions, Write
-from tv_lens.engines import Capability, Engine, Model, Past, Stop, Tokens, engine_for, map_rows
+from tv_lens.engines import Capability, Engine, Model, Past, Prefixes, Stop, Tokens, engine_for, map_rows
 from tv_lens.errors import EngineError, TvLensError
 from tv_lens.patching import LayerChoice, Placement, check_vectors, edits_for
 from tv_lens.prompts import Prompt, as_prompts
@@ -236,19 +236,22 @@ class Answer:
         return self.prompt.template.cut(self.text) if self.beginning is None else self.beginning
 
 
-def answer(
+def answer(  # noqa: PLR0913 - its options are keywords
     engine: Engine,
     prompts: Sequence[Prompt],
     ids: Sequence[Sequence[int]],
     conditions: Sequence[Edits],
     max_new_tokens: int,
     sampler: Sampler = greedy,
+    *,
     decided: Decided | None = None,
+    kept: Prefixes | None = None,
 ) -> list[list[Answer]]:
     """The answers to every prompt under each of several conditions. With `decided`, an answer stops as soon as
     `decided(prompt number, beginning)` is true of a beginning that no further token can change.
 
-    The prompts are run once, up to where the edits begin; from there all conditions continue in the same batches.
+    The prompts are run once, up to where the edits begin; from there all conditions continue in the same batches. With
+    `kept` that beginning is kept for other calls with the same prompts.
     """
     k = len(conditions)
     stops = {prompt.template: engine.text.stop_of(prompt) for prompt in prompts}
@@ -262,7 +265,7 @@ def answer(
         answers.update(zip(rows, begun, strict=True))
 
     edits = conditions[0] if k == 1 else Edits.interleave(conditions)
-    map_rows(engine, [[row] * k for row in ids], work, edits=edits, new_tokens=max_new_tokens - 1)
+    map_rows(engine, [[row] * k for row in ids], work, edits=edits, new_tokens=max_new_tokens - 1, kept=kept)
     return [[answers[i * k + j] for i in range(len(prompts))] for j in range(k)]
 
 

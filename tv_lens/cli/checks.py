@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,8 @@ from tv_lens.tasks.readers import kinds
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "mtia")
 _DTYPES = ("float32", "bfloat16", "float16")
+# Layers or seeds that one range gives at most.
+_MOST_NUMBERS = 10_000
 
 
 class UsageError(tv.TvLensError):
@@ -122,6 +125,19 @@ def chosen_method(text: str, *, across: bool) -> MethodChoice:
     return MethodChoice(name, options)
 
 
+def chosen_methods(texts: Sequence[str], *, across: bool) -> dict[str, MethodChoice]:
+    """The methods by the names that they have in tables: their own, or with their options if two are of one kind."""
+    choices = [chosen_method(text, across=across) for text in texts]
+    of_kind = [choice.name for choice in choices]
+    names = [
+        text if of_kind.count(choice.name) > 1 else choice.name for text, choice in zip(texts, choices, strict=True)
+    ]
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise UsageError(f"--method {twice[0]} is given twice")
+    return dict(zip(names, choices, strict=True))
+
+
 def check_model(model: str | None, *, demo: bool, device: str | None, dtype: str) -> None:
     """Refuse options that name no model, or that no model has."""
     if demo == (model is not None):
@@ -156,6 +172,51 @@ def check_writable(path: Path, suffixes: Sequence[str]) -> None:
         raise UsageError(f"{path}: there is no folder {path.parent}")
 
 
+def check_plots() -> None:
+    """Refuse a page if what draws its figures is missing, before the work and not after it."""
+    try:
+        import plotly  # noqa: F401 - whether it is there
+    except ImportError as error:
+        raise tv.MissingExtraError('a report needs Plotly; pip install "tv_lens[plots]"') from error
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The numbers in "3,9,15", or in "0-28:2": from 0 to 28, every second."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::([1-9]\d*))?)?\s*", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise UsageError(f"{option} {text}: give numbers with commas between them, such as 3,9,15 or 0-28:2")
+        first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+        if last - first > _MOST_NUMBERS:
+            raise UsageError(f"{option} {text}: these are more than {_MOST_NUMBERS} numbers")
+        numbers += range(first, last + 1, step)
+    if len(set(numbers)) < len(numbers):
+        raise UsageError(f"{option} {text}: give each number once")
+    return numbers
+
+
+def chosen_strengths(text: str) -> list[float]:
+    """The strengths in "0.5,1,2": positive numbers, each once."""
+    try:
+        strengths = [float(part) for part in text.split(",")]
+    except ValueError:
+        strengths = []
+    if not strengths or len(set(strengths)) < len(strengths) or not all(0 < each < math.inf for each in strengths):
+        raise UsageError(f"--strengths {text}: give positive numbers with commas between them, such as 0.5,1,2")
+    return strengths
+
+
+def check_comparison_folder(folder: Path, seeds: Sequence[int]) -> None:
+    """Refuse a folder that cannot keep a comparison of these seeds."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder")
+    if folder.is_dir() and any(re.fullmatch(r"seed--?\d+", each.name) is None for each in folder.iterdir()):
+        raise tv.TvLensError(f"{folder} is not empty and holds no comparison; use another folder")
+    for seed in seeds:
+        check_folder(folder / f"seed-{seed}")
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that cannot keep a run; whether a run in it has other settings shows later."""
     if folder.exists() and not folder.is_dir():
@@ -178,13 +239,14 @@ def check_vectors(path: Path) -> None:
         raise tv.TvLensError(f"{path}: not a safetensors file, or cut short ({error})") from error
 
 
-def check_results(path: Path) -> None:
-    """Refuse a file that does not hold an experiment."""
+def check_results(path: Path) -> bool:
+    """Refuse a file that does not hold results; whether these are of a comparison, and not of an experiment."""
     from tv_lens.files import from_json, read_whole
 
     try:
         saved = from_json(read_whole(path))
     except tv.TvLensError as error:
         raise tv.TvLensError(f"{path}: not a saved experiment, or the file is corrupted ({error})") from error
-    if not isinstance(saved, dict) or not {"settings", "results"} <= set(saved):
-        raise tv.TvLensError(f"{path}: not a saved experiment")
+    if not isinstance(saved, dict) or not ({"settings", "results"} <= set(saved) or "experiments" in saved):
+        raise tv.TvLensError(f"{path}: not a saved experiment or comparison")
+    return "experiments" in saved

@@ -16,9 +16,11 @@ from tv_lens.cli.checks import (
     check_model,
     check_results,
     check_writable,
-    chosen_method,
+    chosen_methods,
+    chosen_strengths,
     chosen_tasks,
     tasks_in,
+    whole_numbers,
     with_rule,
 )
 from tv_lens.cli.loading import Wording, load_engine, method_of
@@ -34,6 +36,7 @@ from tv_lens.cli.options import (
     Header,
     InputColumn,
     Json,
+    LayerNumbers,
     MethodNames,
     ModelName,
     NewTokens,
@@ -44,13 +47,14 @@ from tv_lens.cli.options import (
     Seed,
     Separator,
     Shots,
+    Strengths,
     Substitutes,
     System,
     TemplateText,
     Under,
 )
 from tv_lens.cli.output import records, show
-from tv_lens.tasks.halves import dev_and_test
+from tv_lens.tasks.halves import train_dev_test
 
 
 @app.command()
@@ -83,10 +87,16 @@ def run(
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write everything as .json, or the tidy table as .parquet.")] = None,
     shots: Shots = 5,
+    n_train: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts that vectors are made from; by default those that choose the layer."),
+    ] = None,
     n_dev: Annotated[int, typer.Option(min=1, help="Prompts that choose the layer.")] = 50,
     n_test: Annotated[int, typer.Option(min=1, help="Prompts that are reported.")] = 50,
     seed: Seed = 0,
     method: MethodNames = None,
+    layers: LayerNumbers = None,
+    strengths: Strengths = "1",
     substitutes: Substitutes = 2,
     across: Across = False,
     max_new_tokens: NewTokens = 8,
@@ -118,20 +128,23 @@ def run(
     if folder is not None:
         check_folder(folder)
     wording = Wording.of(template, separator, chat=chat, one_turn=one_turn, system=system)
-    choices = [chosen_method(text, across=across) for text in method or []]
-    for task in chosen:
-        dev_and_test(
-            task, n_dev, n_test, shots=shots, seed=seed, template=wording.format()
-        )  # an error if inputs are too few
-    methods = [method_of(choice, substitutes, across) for choice in choices]
+    choices = chosen_methods(method or [], across=across)
+    tried = None if layers is None else whole_numbers("--layers", layers)
+    factors = chosen_strengths(strengths)
+    for task in chosen:  # an error if inputs are too few
+        train_dev_test(task, n_train, n_dev, n_test, shots=shots, seed=seed, template=wording.format())
+    methods = {name: method_of(choice, substitutes, across) for name, choice in choices.items()}
     engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     experiment = tv.run_experiment(
         engine,
         chosen,
         shots=shots,
+        n_train=n_train,
         n_dev=n_dev,
         n_test=n_test,
         seed=seed,
+        layers=tried,
+        strengths=factors,
         substitutes=substitutes,
         across=across,
         methods=methods or None,
@@ -147,20 +160,29 @@ def run(
         {"settings": settings, "results": records(experiment.to_pandas())},
         as_json,
         f"{settings.model}, {settings.shots} shots, {settings.scoring} by {'first_token' if first_token else rule}, "
-        f"seed {settings.seed}\naccuracy [exact 95% interval]; p: McNemar's exact test, patched against zero-shot",
+        f"seed {settings.seed}\naccuracy [exact 95% interval]; (+2): two more layers tie on dev prompts\n"
+        "p controls: the exact one-sided test of patched against every control, the largest p; Holm: the same,\n"
+        "adjusted for all rows; p zero-shot: McNemar's exact test, patched against zero-shot, two-sided",
     )
 
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="What `tv-lens run --save` wrote, .json.")],
+    results: Annotated[
+        Path, typer.Argument(metavar="RESULTS", help="What `tv-lens run` or `compare` wrote with --save, .json.")
+    ],
     to: Annotated[Path, typer.Option("--to", "-o", help="The page to write, .html.")],
     as_json: Json = False,
 ) -> None:
-    """Make an HTML page of an experiment: a sortable table, figures and every task's answers. It works offline."""
+    """Make an HTML page of an experiment or a comparison: sortable tables and figures. It works offline."""
     check_writable(to, (".html",))
-    check_results(results)
-    experiment = tv.Experiment.load(results)
-    experiment.report(to)
-    row = {"file": str(to), "model": experiment.settings["model"], "tasks": len(experiment.results)}
+    if check_results(results):
+        comparison = tv.Comparison.load(results)
+        comparison.report(to)
+        tasks, methods, model = comparison.tasks, comparison.methods, comparison.settings.model
+        row = {"file": str(to), "model": model, "tasks": len(tasks), "methods": len(methods)}
+    else:
+        experiment = tv.Experiment.load(results)
+        experiment.report(to)
+        row = {"file": str(to), "model": experiment.settings.model, "tasks": len(experiment.results)}
     show([row], row, as_json)

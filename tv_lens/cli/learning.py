@@ -9,7 +9,7 @@ import typer
 
 import tv_lens as tv
 from tv_lens.cli.app import app
-from tv_lens.cli.checks import FileOptions, UsageError, check_model, check_writable, chosen_task
+from tv_lens.cli.checks import FileOptions, UsageError, check_model, check_writable, chosen_task, whole_numbers
 from tv_lens.cli.loading import Wording, load_engine
 from tv_lens.cli.options import (
     TEMPLATE,
@@ -46,7 +46,9 @@ def learn(
     prompts: Count = 40,
     shots: Shots = 5,
     seed: Seed = 0,
-    layers: Annotated[str | None, typer.Option(help="Layers to train, such as 3,9,15; all by default.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to train, such as 3,9,15 or 0-28:2; all by default.")
+    ] = None,
     objective: Annotated[str, typer.Option(help="What is learned: answer, or few-shot.")] = "answer",
     how: Annotated[str, typer.Option(help="How the vectors are written: add or overwrite.")] = "add",
     start: Annotated[str, typer.Option(help="Where training begins: zero, uniform, or a file of vectors.")] = "zero",
@@ -84,7 +86,7 @@ def learn(
         raise UsageError(f"--to and --resume are both {to}; keep the training in another file than the vectors")
     if objective not in ("answer", "few-shot") or how not in ("add", "overwrite"):
         raise UsageError(f"--objective {objective}, --how {how}: use answer or few-shot, and add or overwrite")
-    trained = _layers(layers)
+    trained = None if layers is None else whole_numbers("--layers", layers)
     chosen = chosen_task(task, FileOptions(input_column, output_column, under, header))
     wording = Wording.of(template, separator, chat=chat, one_turn=one_turn, system=system)
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format())
@@ -119,12 +121,3 @@ def learn(
         "layers": records(table),
     }
     show(table, data, as_json, f"{learned!r}, saved as {to}")
-
-
-def _layers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--layers {text}: give numbers with commas between them, such as 3,9,15") from error

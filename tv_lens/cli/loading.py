@@ -39,7 +39,7 @@ def method_of(choice: MethodChoice | None, substitutes: int, across: bool) -> tv
         raise UsageError(f"{choice.name} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     given = {"substitutes": substitutes} if "substitutes" in known else {}
     try:
-        method: tv.Method = kind(**given, **{name: _value(name, each) for name, each in choice.options.items()})
+        method: tv.Method = kind(**{**given, **{name: _value(name, each) for name, each in choice.options.items()}})
     except tv.TvLensError as error:
         raise UsageError(str(error)) from error
     except (TypeError, ValueError) as error:

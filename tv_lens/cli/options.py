@@ -29,6 +29,12 @@ MethodNames = Annotated[
         "--method", help="How vectors are made, such as learn or function_vector:heads=40; repeat to compare."
     ),
 ]
+LayerNumbers = Annotated[
+    str | None, typer.Option("--layers", help="Layers to try, such as 5,9,13 or 0-28:2; all by default.")
+]
+Strengths = Annotated[
+    str, typer.Option(help="Strengths to try for vectors that are added, such as 0.5,1,2: multiples of the usual one.")
+]
 Seed = Annotated[int, typer.Option(help="Seed for prompts, splits and controls.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of an answer, in tokens.")]
 FirstToken = Annotated[bool, typer.Option("--first-token", help="Score by the answer's first token alone.")]

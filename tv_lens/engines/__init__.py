@@ -15,6 +15,7 @@ from tv_lens.engines.base import Capability, Engine, Pass, Past, Replay, Statele
 from tv_lens.engines.gradients import gradient
 from tv_lens.engines.local import LocalEngine
 from tv_lens.engines.planning import Limits
+from tv_lens.engines.reading import LastTokens, Reads, Wanted, sharing_reads
 from tv_lens.engines.remote import RemoteEngine
 from tv_lens.engines.running import Prefixes, map_rows, progress_bar
 from tv_lens.engines.text import ModelInfo, Stop, TextCodec
@@ -23,6 +24,7 @@ from tv_lens.errors import UnsupportedError
 __all__ = [
     "Capability",
     "Engine",
+    "LastTokens",
     "Limits",
     "LocalEngine",
     "Model",
@@ -30,16 +32,19 @@ __all__ = [
     "Pass",
     "Past",
     "Prefixes",
+    "Reads",
     "RemoteEngine",
     "Replay",
     "StatelessEngine",
     "Stop",
     "TextCodec",
     "Tokens",
+    "Wanted",
     "engine_for",
     "gradient",
     "map_rows",
     "progress_bar",
+    "sharing_reads",
 ]
 
 # What public functions take as `model`: a bridge, or an engine to control batch size and BOS.

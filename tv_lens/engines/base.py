@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from einops import rearrange, repeat
@@ -22,6 +22,9 @@ from tv_lens.edits import RESID_POST, Edits, Site
 from tv_lens.engines.planning import Limits
 from tv_lens.engines.text import ModelInfo, TextCodec
 from tv_lens.errors import TvLensError, UnsupportedError
+
+if TYPE_CHECKING:
+    from tv_lens.engines.reading import Reads
 
 # What an engine needs to continue a pass. Opaque outside the engine that made it.
 Past: TypeAlias = Any
@@ -106,6 +109,9 @@ class Engine(ABC):
 
     A subclass sets `info`, `text`, `capabilities`, `sites` and `limits`, and defines `forward`. An engine that keeps no
     cache derives from `StatelessEngine` instead. `progress` turns progress bars on.
+
+    `positions_run` counts the positions that the model has run, pads included; it stays 0 in an engine that does not
+    count. `shared_reads` is what several methods share (see `sharing_reads`), None outside of an experiment.
     """
 
     info: ModelInfo
@@ -115,6 +121,8 @@ class Engine(ABC):
     reasons: Mapping[Capability, str] = {}
     sites: frozenset[Site] = frozenset({RESID_POST})
     progress: bool = False
+    positions_run: int = 0
+    shared_reads: Reads | None = None
 
     @property
     def limits(self) -> Limits:
@@ -293,6 +301,7 @@ class StatelessEngine(Engine):
     ) -> Pass:
         """Run the rows so far, with the new tokens and edits at their end."""
         whole = Replay.after(past, tokens, edits)
+        self.positions_run += whole.tokens.ids.numel()
         output = self.run(whole.tokens, edits=whole.edits, read=read, weights=weights, logits=logits, grad=grad)
         return replace(output, past=whole if keep_past else None)
 

@@ -223,7 +223,12 @@ def _is_library_hook(function: Callable[..., Any]) -> bool:
     while isinstance(function, partial):
         function = function.func
     module = inspect.getmodule(function)
-    return module is not None and module.__name__.split(".")[0] in ("transformer_lens", "accelerate", "tv_lens")
+    return module is not None and module.__name__.split(".")[0] in (
+        "transformer_lens",
+        "transformers",  # which keeps hooks on the model after a pass that asked for hidden states
+        "accelerate",
+        "tv_lens",
+    )
 
 
 def tensors_of(bridge: TransformerBridge) -> Iterator[tuple[str, Tensor]]:

@@ -237,6 +237,7 @@ class LocalEngine(Engine):
         grad: bool,
     ) -> Pass:
         tokens.check_positions(edits)
+        self.positions_run += tokens.ids.numel()
         fired: list[HookPoint] = []
         reads: dict[Site, dict[int, Tensor]] = {site: {} for site in read}
         hooks = self._write_hooks(edits, tokens.ids.shape[1], fired)

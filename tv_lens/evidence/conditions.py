@@ -6,26 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-from tv_lens.display import figure, html_table
 from tv_lens.edits import Layers
-from tv_lens.engines import Model, engine_for
+from tv_lens.engines import Engine, Model, Prefixes, engine_for
 from tv_lens.errors import TvLensError
-from tv_lens.evidence.evaluation import patched_scores, unpatched_score
-from tv_lens.evidence.results import Score, mcnemar
+from tv_lens.evidence.results import PLAIN, Conditions, Score
+from tv_lens.evidence.scoring import patched_scores, unpatched_score
 from tv_lens.patching import Placement
 from tv_lens.prompts import FreeText, Prompt, PromptFormat, check_prompts
 from tv_lens.shuffling import shuffle_outputs, without_demonstrations
 from tv_lens.tasks import Rule, Task, starts_with
 from tv_lens.vectors import TaskVectors
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-
-# The name of the run without a vector.
-PLAIN = "no vector"
 
 # Vectors, and the layer or layers that they are written to.
 Placed: TypeAlias = tuple[TaskVectors, int | Layers]
@@ -36,6 +28,7 @@ class Condition:
     """A way to ask: `prompts` turns few-shot prompts and a seed into the prompts that are run, into which the vector is
     written as they are.
 
+    `about` tells it from others of the same name in the settings of a run, such as its template.
     `rule` replaces the task's own rule, if it is given. `every_step` adds vectors again at each
     generated token (those that are written over something are written once).
     """
@@ -44,6 +37,12 @@ class Condition:
     prompts: Callable[[Sequence[Prompt], int], list[Prompt]]
     rule: Rule | None = None
     every_step: bool = False
+    about: str = ""
+
+    @property
+    def identity(self) -> str:
+        """The name, with what tells the condition from others of this name."""
+        return f"{self.name} ({self.about})" if self.about else self.name
 
     def task(self, task: Task) -> Task:
         """The task under the condition's rule."""
@@ -56,14 +55,14 @@ shuffled_few_shot = Condition("shuffled few-shot", shuffle_outputs)
 
 def other_template(template: PromptFormat, name: str = "another template") -> Condition:
     """The queries alone in another format than the vectors were made with."""
-    return Condition(name, _queries_in(template))
+    return Condition(name, _queries_in(template), about=str(template.to_dict()))
 
 
 def free_text(text: str, name: str = "free text") -> Condition:
     """The query in a sentence such as "The opposite of {input} is". An answer is correct if it occurs anywhere in what
     is generated, as whole words; added vectors are added at every generated token.
     """
-    return Condition(name, _queries_in(FreeText(text)), rule=Rule("occurs", occurs), every_step=True)
+    return Condition(name, _queries_in(FreeText(text)), rule=Rule("occurs", occurs), every_step=True, about=repr(text))
 
 
 def _queries_in(template: PromptFormat) -> Callable[[Sequence[Prompt], int], list[Prompt]]:
@@ -90,51 +89,6 @@ def _begins_word(text: str, i: int) -> bool:
     return i == 0 or text[i - 1].isspace() or starts_with(text[i - 1 :], text[i - 1])
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """Scores by condition, and in each by the vector that was written, "no vector" first."""
-
-    scores: Mapping[str, Mapping[str, Score]]
-
-    def __post_init__(self) -> None:
-        named = [list(scores) for scores in self.scores.values()]
-        if not named or any(names != named[0] or names[0] != PLAIN for names in named):
-            raise TvLensError(f"conditions {list(self.scores)} need the same vectors each, {PLAIN!r} first")
-
-    @property
-    def vectors(self) -> tuple[str, ...]:
-        """The names of the vectors, "no vector" first."""
-        return tuple(next(iter(self.scores.values())))
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row for each condition and vector: n, accuracy with its 95% interval (low, high), and p_value, McNemar's
-        exact test against the same condition without a vector.
-        """
-        import pandas as pd
-
-        rows = [
-            {
-                "condition": condition,
-                "vector": name,
-                "n": len(score.correct),
-                "accuracy": score.accuracy,
-                "low": score.interval[0],
-                "high": score.interval[1],
-                "p_value": None if name == PLAIN else mcnemar(score, scores[PLAIN]),
-            }
-            for condition, scores in self.scores.items()
-            for name, score in scores.items()
-        ]
-        return pd.DataFrame(rows).astype({"p_value": "Float64"})
-
-    def plot(self) -> go.Figure:
-        """Accuracy by condition and vector, with intervals."""
-        return figure(self)
-
-    def _repr_html_(self) -> str:
-        return html_table(self.to_pandas(), f"p: against {PLAIN!r}, McNemar's exact test", {"p_value": "{:.1g}"})
-
-
 def across_conditions(
     model: Model,
     task: Task,
@@ -159,13 +113,30 @@ def across_conditions(
         raise TvLensError(f"conditions are {names}, vectors {list(vectors)}; give different names, none {PLAIN!r}")
     scores: dict[str, dict[str, Score]] = {}
     for condition in conditions:
-        asked, judged = condition.prompts(prompts, seed), condition.task(task)
-        scores[condition.name] = {PLAIN: unpatched_score(engine, judged, asked, max_new_tokens)}
-        for name, placed in vectors.items():
-            meant = placed[0].write
-            every_step = meant.every_step or (condition.every_step and meant.op != "set")
-            write = replace(meant, every_step=every_step)
-            placement = Placement(write, keep_demonstrations=True)
-            [scored] = patched_scores(engine, judged, asked, [placed], placement, max_new_tokens)
-            scores[condition.name][name] = scored
+        asked = condition.prompts(prompts, seed)
+        scores[condition.name] = {
+            name: condition_score(engine, task, asked, condition, placed, max_new_tokens)
+            for name, placed in {PLAIN: None, **vectors}.items()
+        }
     return Conditions(scores)
+
+
+def condition_score(
+    engine: Engine,
+    task: Task,
+    asked: Sequence[Prompt],
+    condition: Condition,
+    placed: Placed | None,
+    max_new_tokens: int,
+    *,
+    kept: Prefixes | None = None,
+) -> Score:
+    """The score of the answers to prompts that the condition has made, with vectors or without."""
+    judged = condition.task(task)
+    if placed is None:
+        return unpatched_score(engine, judged, asked, max_new_tokens, kept=kept)
+    meant = placed[0].write
+    every_step = meant.every_step or (condition.every_step and meant.op != "set")
+    placement = Placement(replace(meant, every_step=every_step), keep_demonstrations=True)
+    [scored] = patched_scores(engine, judged, asked, [placed], placement, max_new_tokens, kept=kept)
+    return scored

@@ -28,8 +28,8 @@ from tv_lens.vectors import TaskVectors
 class Treatment:
     """What a control is compared with: `vectors`, made by `method` from `prompts` of `task`.
 
-    `n` is the number of prompts that will be patched, `layers` are those that will be written to (empty if that is not
-    known). `other` gives another task's vector, None if there is no other.
+    `n` is the number of prompts that will be patched, `layers` are those that will be written to (empty if each control
+    chooses). `other` gives another task's vector, None if there is no other.
     """
 
     engine: Engine
@@ -44,10 +44,13 @@ class Treatment:
 
 
 class Control(ABC):
-    """A kind of control. `description` says on report pages what it is."""
+    """A kind of control. `description` says on report pages what it is. An experiment calls those with `runs_model`
+    together with the methods, so that they share reads; they get no other task's vector.
+    """
 
     name: ClassVar[str]
     description: ClassVar[str] = ""
+    runs_model: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, treatment: Treatment) -> TaskVectors | None:
@@ -74,8 +77,11 @@ class OtherTask(Control):
     description: ClassVar[str] = "the vector of another task"
 
     def __call__(self, treatment: Treatment) -> TaskVectors | None:
-        """The other task's vector, if there is another task."""
-        return None if treatment.other is None else treatment.other()
+        """The other task's vector, if there is another task; to be tried at all its layers."""
+        if treatment.other is None:
+            return None
+        vectors = treatment.other()
+        return replace(vectors, usage=replace(vectors.usage, tried=()))
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class ShuffledDemonstrations(Control):
 
     name: ClassVar[str] = "shuffled"
     description: ClassVar[str] = "the vector of demonstrations with permuted outputs, or of permuted answers"
+    runs_model: ClassVar[bool] = True
 
     def __call__(self, treatment: Treatment) -> TaskVectors | None:
         """The mean vector if the task's is one, else one per prompt; None if there is nothing to permute."""
@@ -103,6 +110,7 @@ class RandomHeads(Control):
 
     name: ClassVar[str] = "random heads"
     description: ClassVar[str] = "the function vector of as many random other heads, as long as the task's"
+    runs_model: ClassVar[bool] = True
 
     def __call__(self, treatment: Treatment) -> TaskVectors | None:
         """One vector per patched prompt; None if the task's vector is not a summed function vector."""
@@ -122,6 +130,7 @@ class RandomHeads(Control):
         return replace(
             treatment.vectors,
             values=direction[:, None] * length,
+            usage=replace(treatment.vectors.usage, tried=()),
             prompts=(),
             substitutes=(),
             method=f"random heads, as long as {treatment.vectors.method} of {treatment.vectors.task!r}",
@@ -131,6 +140,13 @@ class RandomHeads(Control):
 
 
 CONTROLS: tuple[Control, ...] = (RandomDirection(), OtherTask(), ShuffledDemonstrations())
+
+
+def rows_of(vectors: TaskVectors, rows: slice) -> TaskVectors:
+    """The vectors of some of the patched prompts; vectors for all prompts, or for positions, as they are."""
+    if len(vectors) == 1 or vectors.usage.per_position:
+        return vectors
+    return replace(vectors, values=vectors.values[rows], prompts=(), substitutes=())
 
 
 def control_vectors(controls: Sequence[Control], treatment: Treatment) -> dict[str, TaskVectors]:
@@ -166,6 +182,7 @@ def random_like(vectors: TaskVectors, n: int, seed: int) -> TaskVectors:
         vectors,
         values=noise / noise.norm(dim=-1, keepdim=True) * length,
         maps=None,
+        usage=replace(vectors.usage, tried=()),
         task="random",
         prompts=(),
         substitutes=(),

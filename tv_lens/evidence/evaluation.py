@@ -1,4 +1,4 @@
-"""Score answers, sweep layers, evaluate with controls, and set demonstrations against a vector."""
+"""Sweep layers, evaluate with controls, and set demonstrations against a vector."""
 
 from __future__ import annotations
 
@@ -8,46 +8,17 @@ from dataclasses import replace
 from tv_lens.edits import RESID_POST, Edits, Layers, Positions, Usage, Write
 from tv_lens.engines import Engine, Model, engine_for
 from tv_lens.errors import TvLensError
-from tv_lens.evidence.controls import RandomDirection, ShuffledDemonstrations, Treatment, control_vectors
-from tv_lens.evidence.results import Conflict, Evaluation, Score, Sweep
-from tv_lens.generation import Answer, Completions, Decided, answer, check_new_tokens, encode
+from tv_lens.evidence.controls import RandomDirection, ShuffledDemonstrations, Treatment, control_vectors, rows_of
+from tv_lens.evidence.results import Choice, Conflict, Evaluation, Sweep
+from tv_lens.evidence.scoring import decided_scores, judged, patched_scores, tokens_for, unpatched_score
+from tv_lens.evidence.tuning import tune
+from tv_lens.generation import answer, encode
 from tv_lens.methods.base import method_of
 from tv_lens.methods.extraction import Extraction
 from tv_lens.patching import Placement, check_type, check_vectors, edits_for
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors, check_layer, check_layers
-
-
-def score(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> Score:
-    """How the answers `texts` to `prompts` score by the task's own rule, against each prompt's answer, or the task's if
-    a prompt holds none.
-
-    A rule that compares token ids gets those of `Completions`; other texts are judged as texts.
-
-    Raises:
-        TvLensError: no prompts, or another number of texts.
-    """
-    check_prompts(prompts)
-    if len(texts) != len(prompts):
-        raise TvLensError(f"{len(texts)} texts for {len(prompts)} prompts; give one for each")
-    ids = texts.tokens.tolist() if isinstance(texts, Completions) else [None] * len(texts)
-    return _scored(task, prompts, texts, ids)
-
-
-def _scored(task: Task, prompts: Sequence[Prompt], texts: Sequence[str], ids: Sequence[Sequence[int] | None]) -> Score:
-    """The texts, with their token ids if these are known, judged by the task's rule."""
-    answers = _expected(task, prompts)
-    judged = [
-        task.right(text, each, own, query=prompt.query)
-        for prompt, text, each, own in zip(prompts, texts, answers, ids, strict=True)
-    ]
-    return Score(tuple(texts), answers, tuple(judged))
-
-
-def _expected(task: Task, prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    """Each prompt's answer, or the task's if the prompt holds none."""
-    return tuple(task.answer(p.query) if p.answer is None else p.answer for p in prompts)
 
 
 def sweep_layers(  # noqa: PLR0913 - its options are keywords
@@ -105,14 +76,20 @@ def evaluate(  # noqa: PLR0913 - its options are keywords
     max_new_tokens: int = 8,
     controls: Mapping[str, TaskVectors] | None = None,
     seed: int = 0,
+    dev: Sequence[Prompt] | None = None,
 ) -> Evaluation:
     """How well the queries of few-shot `prompts` are answered zero-shot, few-shot, and with `vectors` written in at
     `layer`. Use prompts that had no part in extracting the vectors or in choosing the layer.
 
-    Controls at the same layer: `random`, for each prompt another random direction as long as the vector; `shuffled`,
-    the vector that the same method makes of these prompts with their demonstrations' outputs permuted (if they have two
-    or more; not for a method that learns from answers, which would be trained on test prompts); and what `controls`
-    names, such as the vectors of another task. The other keywords are those of `patch_generate`.
+    Controls: `random`, for each prompt another random direction as long as the vector; `shuffled`, the vector that the
+    same method makes of the same prompts with their demonstrations' outputs permuted; and what `controls` names, such
+    as the vectors of another task. The other keywords are those of `patch_generate`.
+
+    `dev` are the prompts that the vectors were made from and that chose `layer`. Pass them to give the controls the
+    same chance, as `run_experiment` does: `shuffled` is made from them (with substitute queries from the inputs of
+    `task`), and each control chooses its own layer on them.
+    Without `dev`, `shuffled` is made from `prompts`, and all controls are written at `layer`. There is then no
+    `shuffled` for a method that learns from answers, which would be trained on test prompts.
 
     Raises:
         TvLensError: as `patch_generate`, prompts without demonstrations, or a control named like a condition.
@@ -122,48 +99,87 @@ def evaluate(  # noqa: PLR0913 - its options are keywords
     taken = {"zero-shot", "few-shot", "patched"} & set(controls or ())
     if taken:
         raise TvLensError(f"controls are named {sorted(taken)}, which are conditions already; name them otherwise")
-    known = method_of(vectors)
-    method = known or Extraction(substitutes=1)
-    written = _written_layers(vectors, layer)
-    layers = (written,) if isinstance(written, int) else written
-    treatment = Treatment(engine, task, prompts, vectors, method, seed, len(prompts), layers=layers)
-    given = controls or {}
-    # Of vectors that were made in another way there is a control only if extracted ones are written as they are.
-    like_extracted = (vectors.site, vectors.op, vectors.usage) == (RESID_POST, "set", Usage())
-    shuffled = [] if method.uses_answers or not (known or like_extracted) else [ShuffledDemonstrations()]
-    before = {} if "random" in given else control_vectors([RandomDirection()], treatment)
-    after = {} if "shuffled" in given else control_vectors(shuffled, treatment)
-    compared = {**before, **given, **after}
-    return evaluate_with(engine, task, prompts, {"patched": vectors, **compared}, layer, placement, max_new_tokens)
-
-
-def evaluate_with(
-    engine: Engine,
-    task: Task,
-    prompts: Sequence[Prompt],
-    vectors: Mapping[str, TaskVectors],
-    layer: int | Layers,
-    placement: Placement,
-    max_new_tokens: int,
-) -> Evaluation:
-    """The evaluation of "patched" with exactly the controls that `vectors` names; the arguments are checked."""
+    if dev is not None:
+        check_prompts(dev)
+        for name, each in {"patched": vectors, **(controls or {})}.items():
+            if len(each) > 1 and not each.usage.per_position:
+                raise TvLensError(
+                    f"{len(each)} vectors are given for {name!r}, and controls choose their layers on other prompts; "
+                    "give one for all prompts, vectors.mean(), or leave dev out"
+                )
+    treatment = _treatment(engine, task, prompts, vectors, layer, seed, dev)
+    made = _control_vectors(treatment, controls or {}, chooses=dev is not None)
+    chosen: dict[str, int | Layers] = dict.fromkeys(made, layer)
+    if dev is not None and isinstance(layer, int):
+        tuned = tune(
+            engine,
+            task,
+            dev,
+            {name: rows_of(each, slice(len(dev))) for name, each in made.items()},
+            layers=None,
+            strengths=(1.0,),
+            max_new_tokens=max_new_tokens,
+            placement=placement,
+            preferred=Choice(layer),
+        )
+        chosen |= {name: each.choice.layer for name, each in tuned.items()}
+    first = 0 if dev is None else len(dev)
+    tested = {"patched": vectors, **{name: rows_of(each, slice(first, None)) for name, each in made.items()}}
+    conditions = [(each, chosen.get(name, layer)) for name, each in tested.items()]
     few_shot = unpatched_score(engine, task, prompts, max_new_tokens)
     zero_shot = unpatched_score(engine, task, [prompt.zero_shot() for prompt in prompts], max_new_tokens)
-    conditions = [(each, layer) for each in vectors.values()]
     scores = patched_scores(engine, task, prompts, conditions, placement, max_new_tokens)
-    controls = dict(zip(vectors, scores, strict=True))
-    patched = controls.pop("patched")
     return Evaluation(
-        _written_layers(vectors["patched"], layer),
+        written_layers(vectors, layer),
         zero_shot=zero_shot,
         few_shot=few_shot,
-        patched=patched,
-        controls=controls,
+        patched=scores[0],
+        controls=dict(zip(made, scores[1:], strict=True)),
         n_layers=engine.n_layers,
+        control_layers={name: written_layers(tested[name], where) for name, where in chosen.items()},
+        control_strengths=dict.fromkeys(chosen, 1.0),
     )
 
 
-def _written_layers(vectors: TaskVectors, layer: int | Layers) -> int | tuple[int, ...]:
+def _treatment(
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[Prompt],
+    vectors: TaskVectors,
+    layer: int | Layers,
+    seed: int,
+    dev: Sequence[Prompt] | None,
+) -> Treatment:
+    written = written_layers(vectors, layer)
+    layers = (written,) if isinstance(written, int) else written
+    return Treatment(
+        engine=engine,
+        task=task,
+        prompts=prompts if dev is None else dev,
+        vectors=vectors,
+        method=method_of(vectors) or Extraction(substitutes=1),
+        seed=seed,
+        n=len(prompts) + len(dev or ()),
+        layers=layers if dev is None else (),
+    )
+
+
+def _control_vectors(
+    treatment: Treatment, given: Mapping[str, TaskVectors], *, chooses: bool
+) -> dict[str, TaskVectors]:
+    """The vectors of the controls: if they choose their layers, for the dev prompts and then for the others."""
+    vectors = treatment.vectors
+    # Of vectors that were made in another way there is a control only if extracted ones are written as they are.
+    like_extracted = (vectors.site, vectors.op, vectors.usage) == (RESID_POST, "set", Usage())
+    known = method_of(vectors) is not None or like_extracted
+    possible = known and (chooses or not treatment.method.uses_answers)
+    before = {} if "random" in given else control_vectors([RandomDirection()], treatment)
+    after = {} if "shuffled" in given or not possible else control_vectors([ShuffledDemonstrations()], treatment)
+    return {**before, **given, **after}
+
+
+def written_layers(vectors: TaskVectors, layer: int | Layers) -> int | tuple[int, ...]:
+    """The layer or layers that are written to if `layer` is named."""
     written = vectors.written_with(layer) if isinstance(layer, int) else layer.numbers
     return written[0] if isinstance(layer, int) and len(written) == 1 else written
 
@@ -184,76 +200,7 @@ def check_evaluation(
         raise TvLensError("few-shot accuracy needs demonstrations; sample the prompts with shots=1 or more")
     for each in vectors:
         check_vectors(engine, each, len(prompts))
-    encode(engine, prompts, _tokens_for(engine, task, max_new_tokens))
-
-
-def unpatched_score(engine: Engine, task: Task, prompts: Sequence[Prompt], max_new_tokens: int) -> Score:
-    """The score of the model's own answers to the prompts as they are."""
-    n_tokens = _tokens_for(engine, task, max_new_tokens)
-    [answers] = answer(engine, prompts, encode(engine, prompts, n_tokens), [Edits()], n_tokens)
-    return _judged(task, prompts, answers)
-
-
-def patched_scores(
-    engine: Engine,
-    task: Task,
-    prompts: Sequence[Prompt],
-    conditions: Sequence[tuple[TaskVectors, int | Layers]],
-    placement: Placement,
-    max_new_tokens: int,
-) -> list[Score]:
-    """The score of the patched answers under each condition, all of them side by side. Whether demonstrations are kept
-    is decided by the first condition's vectors, everything else by each condition's own.
-    """
-    return _patched_scores(engine, task, prompts, conditions, placement, max_new_tokens, None)
-
-
-def decided_scores(
-    engine: Engine,
-    task: Task,
-    prompts: Sequence[Prompt],
-    conditions: Sequence[tuple[TaskVectors, int | Layers]],
-    placement: Placement,
-    max_new_tokens: int,
-) -> list[Score]:
-    """As `patched_scores`, with the same verdicts, but each answer stops as soon as the task's rule has decided."""
-    if not task.rule.can_decide:
-        return patched_scores(engine, task, prompts, conditions, placement, max_new_tokens)
-    answers = _expected(task, prompts)
-
-    def decided(number: int, beginning: str) -> bool:
-        return task.decided(beginning, answers[number], query=prompts[number].query) is not None
-
-    return _patched_scores(engine, task, prompts, conditions, placement, max_new_tokens, decided)
-
-
-def _patched_scores(
-    engine: Engine,
-    task: Task,
-    prompts: Sequence[Prompt],
-    conditions: Sequence[tuple[TaskVectors, int | Layers]],
-    placement: Placement,
-    max_new_tokens: int,
-    decided: Decided | None,
-) -> list[Score]:
-    asked = placement.of(conditions[0][0]).prompts(prompts)
-    for vectors in {id(each): each for each, _ in conditions}.values():  # a sweep has the same ones at every layer
-        check_vectors(engine, vectors, len(asked))
-    n_tokens = _tokens_for(engine, task, max_new_tokens)
-    ids = encode(engine, asked, n_tokens)
-    edits = [edits_for(engine, asked, ids, each, layer, placement.of(each)) for each, layer in conditions]
-    answers = answer(engine, asked, ids, edits, n_tokens, decided=decided)
-    return [_judged(task, prompts, each) for each in answers]
-
-
-def _tokens_for(engine: Engine, task: Task, max_new_tokens: int) -> int:
-    """How many tokens to generate: at least what the task's rule needs to see."""
-    check_new_tokens(engine, max_new_tokens)
-    return max(max_new_tokens, task.rule.tokens)
-
-
-def _judged(task: Task, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Score:
-    return _scored(task, prompts, [each.answer for each in answers], [each.ids for each in answers])
+    encode(engine, prompts, tokens_for(engine, task, max_new_tokens))
 
 
 def conflict(  # noqa: PLR0913 - its options are keywords
@@ -288,17 +235,17 @@ def conflict(  # noqa: PLR0913 - its options are keywords
             "conflicting tasks share their inputs, as present_to_past and present_to_gerund do"
         )
     as_rival = [replace(prompt, answer=rival.answer(prompt.query)) for prompt in prompts]
-    n_tokens = max(_tokens_for(engine, each, max_new_tokens) for each in (task, rival))
+    n_tokens = max(tokens_for(engine, each, max_new_tokens) for each in (task, rival))
     ids = encode(engine, prompts, n_tokens)
     edits = [Edits(), edits_for(engine, prompts, ids, vectors, layer, placement.of(vectors))]
     plain, patched = answer(engine, prompts, ids, edits, n_tokens)
     return Conflict(
         task.name,
         rival.name,
-        _written_layers(vectors, layer),
-        plain_task=_judged(task, prompts, plain),
-        plain_rival=_judged(rival, as_rival, plain),
-        patched_task=_judged(task, prompts, patched),
-        patched_rival=_judged(rival, as_rival, patched),
+        written_layers(vectors, layer),
+        plain_task=judged(task, prompts, plain),
+        plain_rival=judged(rival, as_rival, plain),
+        patched_task=judged(task, prompts, patched),
+        patched_rival=judged(rival, as_rival, patched),
         n_layers=engine.n_layers,
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from tv_lens.engines import Model, engine_for
 from tv_lens.errors import TvLensError
-from tv_lens.evidence.evaluation import unpatched_score
+from tv_lens.evidence.scoring import unpatched_score
 from tv_lens.prompts import PromptFormat
 from tv_lens.tasks import Task
 

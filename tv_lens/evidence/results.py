@@ -5,15 +5,23 @@ The classes check their own invariants, so a result that was read from a file is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tv_lens.display import figure, html_table, write_report
 from tv_lens.errors import MissingExtraError, TvLensError
 from tv_lens.evidence.settings import IDENTIFYING, Settings
-from tv_lens.evidence.statistics import exact_interval, paired_p_value
+from tv_lens.evidence.statistics import (
+    better_p_value,
+    exact_interval,
+    holm,
+    intersection_union,
+    paired_p_value,
+    smallest_detectable,
+)
 from tv_lens.files import from_typed_json, read_whole, to_json, write_whole
 from tv_lens.vectors import TaskVectors, depth, layers_text
 
@@ -23,18 +31,29 @@ if TYPE_CHECKING:
 
 # Tables hold layers as machine integers.
 _MAX_LAYER = 2**31
+# The name of a run without a vector.
+PLAIN = "no vector"
 _UNPATCHED = ("zero-shot", "few-shot")
 
 
 @dataclass(frozen=True)
 class Score:
-    """Predictions beside the expected answers, and which of them the task accepts."""
+    """Predictions beside the expected answers, and which of them the task accepts.
+
+    If they were measured, `logprobs` are the log-probabilities of the expected answers, and `divergences` those of the
+    next token from few-shot, both in nats.
+    """
 
     texts: tuple[str, ...]
     answers: tuple[str, ...]
     correct: tuple[bool, ...]
+    logprobs: tuple[float, ...] | None = None
+    divergences: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        for measured in (self.logprobs, self.divergences):
+            if measured is not None and len(measured) != len(self.texts):
+                raise TvLensError(f"{len(measured)} measurements for {len(self.texts)} texts; there is one for each")
         if not len(self.texts) == len(self.answers) == len(self.correct) > 0:
             raise TvLensError(
                 f"a score has a text, an answer and a verdict for each prompt, not {len(self.texts)}, "
@@ -80,13 +99,28 @@ def mcnemar(one: Score, other: Score) -> float:
     return paired_p_value(one.correct, other.correct)
 
 
+class Choice(NamedTuple):
+    """Where and how strongly vectors are written: a layer, and what multiplies the strength that they are meant to be
+    written with.
+    """
+
+    layer: int
+    strength: float = 1.0
+
+    def __str__(self) -> str:
+        return str(self.layer) if self.strength == 1 else f"{self.layer} (x {self.strength:g})"
+
+
 @dataclass(frozen=True)
 class Sweep:
-    """Scores of the same prompts patched at each of several layers of a model with `n_layers` of them."""
+    """Scores of the same prompts patched at each of several layers of a model with `n_layers` of them, with vectors
+    written `strength` times as strongly as they are meant to be.
+    """
 
     layers: tuple[int, ...]
     scores: tuple[Score, ...]
     n_layers: int | None = None
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         if not len(set(self.layers)) == len(self.layers) == len(self.scores) > 0:
@@ -95,6 +129,8 @@ class Sweep:
             )
         for layer in self.layers:
             _check_layer(layer, self.n_layers)
+        if not 0 < self.strength < math.inf:
+            raise TvLensError(f"the strength of a sweep is {self.strength}; it is a positive number")
         _check_same_prompts(*self.scores)
 
     @property
@@ -149,7 +185,11 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of the same prompts under several conditions, patched at one layer (or at several at once)."""
+    """Scores of the same prompts under several conditions, patched at one layer (or at several at once).
+
+    `control_layers` are the layers of the controls, and `control_strengths` their strengths; a control without one has
+    the vector's.
+    """
 
     layer: int | tuple[int, ...]
     zero_shot: Score
@@ -157,10 +197,17 @@ class Evaluation:
     patched: Score
     controls: Mapping[str, Score]
     n_layers: int | None = None
+    strength: float = 1.0
+    control_layers: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
+    control_strengths: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for layer in (self.layer,) if isinstance(self.layer, int) else self.layer:
-            _check_layer(layer, self.n_layers)
+        for layers in (self.layer, *self.control_layers.values()):
+            for layer in (layers,) if isinstance(layers, int) else layers:
+                _check_layer(layer, self.n_layers)
+        unknown = {*self.control_layers, *self.control_strengths} - set(self.controls)
+        if unknown:
+            raise TvLensError(f"layers or strengths of {sorted(unknown)}, which are not among the controls")
         taken = set(self.controls) & {*_UNPATCHED, "patched"}
         if taken:
             raise TvLensError(f"controls are named {sorted(taken)}, which are conditions already; name them otherwise")
@@ -173,12 +220,41 @@ class Evaluation:
 
     @property
     def p_value(self) -> float:
-        """McNemar's exact test, patched against zero-shot."""
+        """McNemar's exact test, patched against zero-shot, two-sided. A vector that only gives answers their form can
+        pass it; `p_controls` is the test of whether the vector holds the task.
+        """
         return mcnemar(self.patched, self.zero_shot)
+
+    @property
+    def strongest_control(self) -> str | None:
+        """The control that is hardest to tell from the vector: that with the largest p-value, then the highest
+        accuracy. None without controls.
+        """
+        if not self.controls:
+            return None
+        p_values = {name: self._p_better(score) for name, score in self.controls.items()}
+        return max(p_values, key=lambda name: (p_values[name], self.controls[name].accuracy))
+
+    @property
+    def p_controls(self) -> float | None:
+        """The exact one-sided test that patched is better than every control: the largest of the p-values against
+        each of them (an intersection-union test). None without controls.
+        """
+        if not self.controls:
+            return None
+        return intersection_union([self._p_better(score) for score in self.controls.values()])
+
+    def _p_better(self, score: Score) -> float:
+        return better_p_value([self.patched.correct], [score.correct], [[str(i) for i in range(len(score.correct))]])
+
+    def layer_of(self, condition: str) -> int | tuple[int, ...] | None:
+        """The layer that a condition's vectors were written to; None if nothing was written."""
+        return None if condition in _UNPATCHED else self.control_layers.get(condition, self.layer)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per condition: layer (none if nothing is patched), n, accuracy with its 95% interval (low, high), and
-        p_value, McNemar's exact test of patched against it.
+        p_value, McNemar's exact test of patched against it, two-sided. If they were measured, also the means of logprob
+        and divergence; if any strength is not 1, the strength.
         """
         import pandas as pd
 
@@ -188,16 +264,28 @@ class Evaluation:
             rows.append(
                 {
                     "condition": name,
-                    "layer": None if name in _UNPATCHED else self.layer,
+                    "layer": self.layer_of(name),
                     "n": len(score.correct),
                     "accuracy": score.accuracy,
                     "low": low,
                     "high": high,
                     "p_value": None if name == "patched" else mcnemar(self.patched, score),
+                    **self._measured(name),
                 }
             )
-        kinds = {"p_value": "Float64", **({"layer": "Int64"} if isinstance(self.layer, int) else {})}
+        one_layer = all(isinstance(layer, int) for layer in (self.layer, *self.control_layers.values()))
+        kinds = {"p_value": "Float64", **({"layer": "Int64"} if one_layer else {})}
         return pd.DataFrame(rows).astype(kinds)
+
+    def _measured(self, name: str) -> dict[str, float | None]:
+        score, row = self.conditions[name], dict[str, float | None]()
+        if self.patched.logprobs is not None:
+            row["logprob"] = None if score.logprobs is None else _mean(score.logprobs)
+            row["divergence"] = None if score.divergences is None else _mean(score.divergences)
+        if {self.strength, *self.control_strengths.values()} != {1.0}:
+            strength = self.control_strengths.get(name, self.strength)
+            row["strength"] = None if name in _UNPATCHED else strength
+        return row
 
     def plot(self) -> go.Figure:
         """Accuracy by condition with its intervals."""
@@ -254,9 +342,69 @@ class Conflict:
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """Scores by condition, and in each by the vector that was written, "no vector" first."""
+
+    scores: Mapping[str, Mapping[str, Score]]
+
+    def __post_init__(self) -> None:
+        named = [list(scores) for scores in self.scores.values()]
+        if not named or any(names != named[0] or names[0] != PLAIN for names in named):
+            raise TvLensError(f"conditions {list(self.scores)} need the same vectors each, {PLAIN!r} first")
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """The names of the vectors, "no vector" first."""
+        return tuple(next(iter(self.scores.values())))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for each condition and vector: n, accuracy with its 95% interval (low, high), and p_value, McNemar's
+        exact test against the same condition without a vector.
+        """
+        import pandas as pd
+
+        rows = [
+            {
+                "condition": condition,
+                "vector": name,
+                "n": len(score.correct),
+                "accuracy": score.accuracy,
+                "low": score.interval[0],
+                "high": score.interval[1],
+                "p_value": None if name == PLAIN else mcnemar(score, scores[PLAIN]),
+            }
+            for condition, scores in self.scores.items()
+            for name, score in scores.items()
+        ]
+        return pd.DataFrame(rows).astype({"p_value": "Float64"})
+
+    def plot(self) -> go.Figure:
+        """Accuracy by condition and vector, with intervals."""
+        return figure(self)
+
+    def _repr_html_(self) -> str:
+        return html_table(self.to_pandas(), f"p: against {PLAIN!r}, McNemar's exact test", {"p_value": "{:.1g}"})
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What making vectors took: positions that the model ran, pads included, and seconds. A read that several methods
+    share is charged to each of them.
+    """
+
+    positions: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """What an experiment measured for one task and method: the sweep on dev prompts, the evaluation on test prompts,
     those prompts' texts, and the test prompts' queries. `other_task` is the task whose vector was the control.
+
+    `sweep` is at the chosen strength, `other_sweeps` are at the others, and `control_sweeps` are the controls' at their
+    chosen strengths. `tied_accuracies` are the accuracies on the test prompts at each of `ties`. `conditions` are the
+    scores of the test queries asked in other ways. `train_prompts` are those that the vectors are from, if these are
+    not the dev prompts. `cost` is that of the vectors, None if they were made by an earlier run.
     """
 
     task: str
@@ -268,8 +416,18 @@ class TaskResult:
     test_prompts: tuple[str, ...]
     queries: tuple[str, ...]
     method: str = "extract"
+    other_sweeps: tuple[Sweep, ...] = ()
+    control_sweeps: Mapping[str, Sweep] = field(default_factory=dict)
+    tied_accuracies: tuple[float, ...] = ()
+    conditions: Conditions | None = None
+    train_prompts: tuple[str, ...] = ()
+    cost: Cost | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if self.tied_accuracies and len(self.tied_accuracies) != len(self.ties):
+            raise TvLensError(
+                f"{len(self.tied_accuracies)} test accuracies for {len(self.ties)} layers that tie on dev"
+            )
         n_dev, n_test = len(self.sweep.scores[0].correct), len(self.evaluation.patched.correct)
         if not (len(self.dev_prompts) == n_dev and len(self.test_prompts) == len(self.queries) == n_test):
             raise TvLensError(
@@ -277,12 +435,44 @@ class TaskResult:
                 f"for {n_dev} and {n_test} answers"
             )
 
+    @property
+    def ties(self) -> tuple[Choice, ...]:
+        """All layers and strengths that reach the highest accuracy on dev prompts, the chosen one first."""
+        return tied_choices((self.sweep, *self.other_sweeps))
+
+    @property
+    def tried(self) -> int:
+        """How many layers and strengths were tried on dev prompts."""
+        return sum(len(sweep.layers) for sweep in (self.sweep, *self.other_sweeps))
+
+    @property
+    def test_range(self) -> tuple[float, float]:
+        """The lowest and the highest accuracy on test prompts over the layers and strengths that tie on dev."""
+        accuracies = self.tied_accuracies or (self.evaluation.patched.accuracy,)
+        return min(accuracies), max(accuracies)
+
     def plot(self) -> go.Figure:
         """The sweep on dev prompts, with the zero-shot and few-shot accuracy on test prompts."""
         return figure(self)
 
     def _repr_html_(self) -> str:
         return self.evaluation._repr_html_()
+
+
+def tied_choices(sweeps: Sequence[Sweep], preferred: Choice | None = None) -> tuple[Choice, ...]:
+    """The layers and strengths of the highest accuracy, the one to choose first: `preferred` if it is among them, then
+    the strength that is nearest to 1, then the lowest layer.
+    """
+    highest = max(score.accuracy for sweep in sweeps for score in sweep.scores)
+    tied = [
+        Choice(layer, sweep.strength)
+        for sweep in sweeps
+        for layer, score in zip(sweep.layers, sweep.scores, strict=True)
+        if score.accuracy == highest
+    ]
+    return tuple(
+        sorted(tied, key=lambda each: (each != preferred, abs(math.log(each.strength)), each.layer, each.strength))
+    )
 
 
 @dataclass(frozen=True)
@@ -316,27 +506,64 @@ class Experiment:
         table = pd.concat(tables, ignore_index=True)
         return table[["task", "category", *(name for name in table if name not in ("task", "category"))]]
 
+    def tests(self) -> pd.DataFrame:
+        """One row per task and method: the strongest control and its accuracy, p_controls (patched is better than every
+        control, one-sided) and p_controls_holm (the same, adjusted for all rows by Holm's method), p_zero_shot
+        (McNemar's test, two-sided), and detectable, the smallest difference in accuracy that so many prompts could have
+        shown at 5%, before the adjustment.
+        """
+        import pandas as pd
+
+        p_values = [result.evaluation.p_controls for result in self.results]
+        adjusted = iter(holm([p for p in p_values if p is not None]))
+        rows = []
+        for result, p in zip(self.results, p_values, strict=True):
+            scores, strongest = result.evaluation, result.evaluation.strongest_control
+            rows.append(
+                {
+                    "task": result.task,
+                    "method": result.method,
+                    "n": len(scores.patched.correct),
+                    "strongest_control": strongest,
+                    "control_accuracy": None if strongest is None else scores.controls[strongest].accuracy,
+                    "p_controls": p,
+                    "p_controls_holm": None if p is None else next(adjusted),
+                    "p_zero_shot": scores.p_value,
+                    "detectable": smallest_detectable(len(scores.patched.correct)),
+                }
+            )
+        kinds = dict.fromkeys(("control_accuracy", "p_controls", "p_controls_holm", "detectable"), "Float64")
+        return pd.DataFrame(rows).astype(kinds)
+
     def summary(self) -> pd.DataFrame:
-        """One row per task and method, to read: accuracies with 95% intervals, the layer (and how many tie with it),
-        the controls, and p of patched against zero-shot.
+        """One row per task and method, to read: accuracies with 95% intervals; the layer, and how many tie with it on
+        dev prompts; the range of the accuracy over these, if there are any; the controls; and `tests`: p against the
+        strongest control, as it is and adjusted by Holm's method for all rows, and p against zero-shot.
         """
         import pandas as pd
 
         rows = []
-        for result in self.results:
-            scores, ties = result.evaluation, len(result.sweep.ties) - 1
+        tests = self.tests().to_dict("records")
+        for result, test in zip(self.results, tests, strict=True):
+            scores, ties = result.evaluation, len(result.ties) - 1
+            low, high = result.test_range
             rows.append(
                 {
                     "task": result.task,
                     **({"method": result.method} if len(self.settings.methods) > 1 else {}),
                     "n": len(scores.patched.correct),
                     **{name: str(scores.conditions[name]) for name in ("zero-shot", "few-shot", "patched")},
-                    "layer": layers_text(scores.layer) + (f" (+{ties})" if ties else ""),
+                    "layer": _layer_text(scores) + (f" (+{ties})" if ties else ""),
+                    **({"over ties": f"{low:.2f}-{high:.2f}"} if ties else {}),
                     **{name: f"{score.accuracy:.2f}" for name, score in scores.controls.items()},
-                    "p": f"{scores.p_value:.1g}",
+                    **({"p controls": f"{test['p_controls']:.1g}"} if scores.controls else {}),
+                    **({"Holm": f"{test['p_controls_holm']:.1g}"} if scores.controls else {}),
+                    "p zero-shot": f"{scores.p_value:.1g}",
                 }
             )
-        return pd.DataFrame(rows).fillna("")
+        table = pd.DataFrame(rows).fillna("")
+        last = [name for name in ("p controls", "Holm", "p zero-shot") if name in table]
+        return table[[name for name in table if name not in last] + last]
 
     def save(self, path: str | Path) -> None:
         """Write everything as `.json`, which `load` reads, or the tidy table as `.parquet` (extra `parquet`).
@@ -395,6 +622,14 @@ class _Saved:
 
     settings: Settings
     results: tuple[TaskResult, ...]
+
+
+def _layer_text(evaluation: Evaluation) -> str:
+    return layers_text(evaluation.layer) + ("" if evaluation.strength == 1 else f" x {evaluation.strength:g}")
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return math.fsum(numbers) / len(numbers)
 
 
 def _check_layer(layer: int, n_layers: int | None) -> None:

@@ -20,6 +20,9 @@ class Settings:
 
     `weights` is a fingerprint of the model, its configuration and the user's hooks, `data` one of each task's pairs;
     `rules` are the rules' names. `method` joins the names of `methods`, which hold the options of each.
+
+    Without `n_train` the vectors are made from the dev prompts. `measured` says whether log-probabilities and
+    divergences are there, and `controls_choose` whether every control chose its own layer (it did not in 0.1).
     """
 
     model: str
@@ -46,6 +49,11 @@ class Settings:
     scoring: str
     layers: tuple[int, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
+    n_train: int | None = None
+    strengths: tuple[float, ...] = (1.0,)
+    conditions: tuple[str, ...] = ()
+    measured: bool = False
+    controls_choose: bool = False
 
     def __post_init__(self) -> None:
         if not self.tasks or not self.methods:

@@ -1,6 +1,6 @@
 """How vectors are made: one file for each kind. `Method` is what they have in common."""
 
-from tv_lens.methods.base import Method
+from tv_lens.methods.base import Method, Read
 from tv_lens.methods.contrast import InContextVector, MeanDifference, in_context_vector, mean_difference
 from tv_lens.methods.extraction import AcrossPrompts, Extraction, extract, extract_across
 from tv_lens.methods.function_vectors import FunctionVector, MeanState, function_vector
@@ -22,6 +22,7 @@ __all__ = [
     "MeanDifference",
     "MeanState",
     "Method",
+    "Read",
     "SeparatorVectors",
     "StateVectors",
     "extract",

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
 
-from tv_lens.edits import SITES, Site, Write
+from tv_lens.edits import RESID_POST, SITES, Site, Write
 from tv_lens.engines import Engine
 from tv_lens.errors import TvLensError
 from tv_lens.prompts import Prompt
@@ -20,8 +20,22 @@ from tv_lens.shuffling import shuffle_outputs
 from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors
 
+# Several methods, or several under names that tell them apart.
+Methods: TypeAlias = "Sequence[Method] | Mapping[str, Method]"
+
 # Every method by its name, so that the one that made some vectors can be used again.
 METHODS: dict[str, type[Method]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A prompt that a method reads at its last token. With `judged`, the method also asks how likely the first token of
+    the prompt's answer is.
+    """
+
+    prompt: Prompt
+    site: Site = RESID_POST
+    judged: bool = False
 
 
 class Method(ABC):
@@ -36,6 +50,12 @@ class Method(ABC):
     @abstractmethod
     def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
         """One vector per prompt and layer, or one for all prompts."""
+
+    def reads(self, task: Task, prompts: Sequence[Prompt], seed: int) -> Sequence[Read]:
+        """What a call with the same arguments reads at last tokens, so that an experiment can read it for all methods
+        in one pass. A method that names nothing reads by itself.
+        """
+        return ()
 
     @property
     def uses_answers(self) -> bool:
@@ -72,7 +92,7 @@ def method_of(vectors: TaskVectors) -> Method | None:
     if kind is None or len(vectors.terms) > 1 or not dataclasses.is_dataclass(kind):
         return None
     known = {field.name for field in dataclasses.fields(kind)}
-    options = {name: _value(name, value) for name, value in vectors.options.items() if name in known}
+    options = {name: option_value(name, value) for name, value in vectors.options.items() if name in known}
     try:
         method: Method = kind(**options)
     except TvLensError:  # made from something that has no name, such as other vectors
@@ -80,13 +100,27 @@ def method_of(vectors: TaskVectors) -> Method | None:
     return method
 
 
-def check_methods(methods: Sequence[Method]) -> None:
-    """Raise TvLensError unless `methods` are methods with different names."""
-    if isinstance(methods, Method) or not methods or not all(isinstance(each, Method) for each in methods):
+def named_methods(methods: Methods) -> dict[str, Method]:
+    """The methods by the names that they have in tables and files.
+
+    Raises:
+        TvLensError: no methods, something else, or two of one name.
+    """
+    given = list(methods.values()) if isinstance(methods, Mapping) else methods
+    if isinstance(given, Method) or not given or not all(isinstance(each, Method) for each in given):
         raise TvLensError(f"methods are {methods!r}; give a list of methods, such as [Extraction(substitutes=2)]")
-    names = [method.name for method in methods]
-    if len(set(names)) < len(names):
-        raise TvLensError(f"methods are {names}; give each a different name")
+    names = list(methods) if isinstance(methods, Mapping) else [method.name for method in given]
+    if len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
+        raise TvLensError(
+            f"methods are named {names}; give each a different name, for two of a kind as a dictionary: "
+            '{"few substitutes": Extraction(substitutes=1), "many": Extraction(substitutes=5)}'
+        )
+    return dict(zip(names, given, strict=True))
+
+
+def settings_of(name: str, method: Method) -> dict[str, Option]:
+    """A method's options as an experiment's settings hold them; with the kind of method, if `name` is another."""
+    return method.options if name == method.name else {"method": method.name, **method.options}
 
 
 def as_option(value: Any) -> Option:
@@ -98,9 +132,10 @@ def as_option(value: Any) -> Option:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _value(name: str, value: Option) -> Any:
+def option_value(name: str, value: Option) -> Any:
+    """The value of the field `name` that `as_option` has turned into a JSON value."""
     if name == "site" and isinstance(value, str):
         return SITES[value]
     if name == "how" and isinstance(value, list):
         return Write(*value)
-    return tuple(_value("", each) for each in value) if isinstance(value, list) else value
+    return tuple(option_value("", each) for each in value) if isinstance(value, list) else value

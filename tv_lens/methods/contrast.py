@@ -20,7 +20,7 @@ from torch import Tensor
 from tv_lens.edits import RESID_POST, Op, Usage, add
 from tv_lens.engines import Engine, Model, engine_for
 from tv_lens.errors import TvLensError
-from tv_lens.methods.base import Method
+from tv_lens.methods.base import Method, Read
 from tv_lens.methods.extraction import read_site, vectors_of
 from tv_lens.prompts import Example, Prompt, as_prompts, check_prompts
 from tv_lens.provenance import Option
@@ -152,6 +152,10 @@ class MeanDifference(Method):
         made = mean_difference(engine, outputs, inputs, direction=self.direction, strength=self.strength)
         return replace(made, task=task.name, terms=())
 
+    def reads(self, task: Task, prompts: Sequence[Prompt], seed: int) -> list[Read]:
+        """Inputs and outputs of the demonstrations, each by itself."""
+        return _texts(prompts)
+
     def shuffled(self, prompts: Sequence[Prompt], seed: int) -> list[Prompt] | None:
         """The prompts with input and output swapped in half of the demonstrations: a mean difference does not depend on
         which output belongs to which input. A principal component does not depend on the order of a pair either, so for
@@ -181,6 +185,10 @@ class InContextVector(Method):
         """One vector for all prompts."""
         made = in_context_vector(engine, prompts, strength=self.strength)
         return replace(made, task=task.name, terms=())
+
+    def reads(self, task: Task, prompts: Sequence[Prompt], seed: int) -> list[Read]:
+        """Inputs and outputs of the demonstrations, each by itself."""
+        return _texts(prompts)
 
     def shuffled(self, prompts: Sequence[Prompt], seed: int) -> list[Prompt] | None:
         """The prompts with inputs paired with inputs, and outputs with outputs; None if there are too few of them."""
@@ -228,6 +236,11 @@ def _demonstrations(prompts: Sequence[Prompt]) -> list[Example]:
 def _sides(pairs: Sequence[Example]) -> tuple[list[Prompt], list[Prompt]]:
     """Inputs and outputs, each a prompt by itself."""
     return as_prompts([pair.input for pair in pairs]), as_prompts([pair.output for pair in pairs])
+
+
+def _texts(prompts: Sequence[Prompt]) -> list[Read]:
+    inputs, outputs = _sides(_demonstrations(prompts))
+    return [Read(text) for text in [*inputs, *outputs]]
 
 
 def _states(engine: Engine, texts: Sequence[Prompt]) -> Float[Tensor, "text layer d_model"]:

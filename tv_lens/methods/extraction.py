@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tv_lens.edits import RESID_POST, Edits, Positions, Site
-from tv_lens.engines import Capability, Engine, Model, Past, Tokens, engine_for, map_rows
+from tv_lens.engines import Capability, Engine, Model, Past, Tokens, Wanted, engine_for, map_rows
 from tv_lens.errors import TvLensError
-from tv_lens.methods.base import Method
+from tv_lens.methods.base import Method, Read
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.provenance import Option
 from tv_lens.tasks import Task
@@ -102,6 +102,10 @@ class Extraction(Method):
         chosen = task.substitutes(prompts, self.substitutes, seed=seed)
         return extract(engine, prompts, chosen, site=self.site, positions=self.positions)
 
+    def reads(self, task: Task, prompts: Sequence[Prompt], seed: int) -> list[Read]:
+        """The prompts with their substitute queries."""
+        return substitute_reads(task, prompts, self.substitutes, seed, self.site) if self.positions == "last" else []
+
 
 @dataclass(frozen=True)
 class AcrossPrompts(Method):
@@ -115,14 +119,33 @@ class AcrossPrompts(Method):
         """One vector per prompt and layer."""
         return extract_across(engine, prompts, site=self.site, positions=self.positions)
 
+    def reads(self, task: Task, prompts: Sequence[Prompt], seed: int) -> list[Read]:
+        """The prompts."""
+        return [Read(prompt, self.site) for prompt in prompts] if self.positions == "last" else []
+
+
+def substitute_reads(task: Task, prompts: Sequence[Prompt], k: int, seed: int, site: Site) -> list[Read]:
+    """Every prompt with each of its `k` substitute queries."""
+    chosen = task.substitutes(prompts, k, seed=seed)
+    return [
+        Read(prompt.asking(query), site) for prompt, queries in zip(prompts, chosen, strict=True) for query in queries
+    ]
+
 
 def read_site(
     engine: Engine, groups: Sequence[Sequence[Prompt]], site: Site, positions: Positions
 ) -> Float[Tensor, "row layer width"]:
-    """The site at every layer that has it, for all prompts of all groups."""
+    """The site at every layer that has it, for all prompts of all groups. Rows that were read before are not run again
+    (see `sharing_reads`), if only their last tokens are read.
+    """
     engine.require_site(site)
     prompts = [prompt for group in groups for prompt in group]
     ids = engine.text.encode([prompt.text for prompt in prompts], per_prompt=len(groups[0]))
+    if positions == "last" and engine.shared_reads is not None:
+        wanted = iter([Wanted(tuple(own), site) for own in ids])
+        grouped = [[next(wanted) for _ in group] for group in groups]
+        engine.shared_reads.read(engine, grouped)
+        return engine.shared_reads.use([each for group in grouped for each in group]).values
     offsets: list[list[int]] | None = None
     if positions != "last":
         engine.require(Capability.POSITIONS)

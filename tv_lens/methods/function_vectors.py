@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from einops import repeat
 
-from tv_lens.edits import RESID_POST, Head, Usage
+from tv_lens.edits import HEADS, RESID_POST, Head, Usage
 from tv_lens.engines import Capability, Engine, Model, engine_for
 from tv_lens.errors import TvLensError
 from tv_lens.heads import HeadEffects, How, Measure
-from tv_lens.methods.base import Method
+from tv_lens.methods.base import Method, Read
 from tv_lens.methods.extraction import read_site, vectors_of
 from tv_lens.methods.heads import NoneKnownError, check_head_vectors, head_effects, read_heads
 from tv_lens.prompts import Prompt
@@ -147,6 +147,11 @@ class FunctionVector(Method):
         options = {**vector.options, **self.options, "chosen": [list(head) for head in chosen], **notes}
         return replace(vector, task=task.name, options=options)
 
+    def reads(self, task: Task, prompts: Sequence[Prompt], seed: int) -> list[Read]:
+        """The heads after the prompts, and how likely the answers are."""
+        judged = all(prompt.answer is not None for prompt in prompts)
+        return [Read(prompt, HEADS, judged) for prompt in prompts]
+
     def effects(self, engine: Engine, prompts: Sequence[Prompt], vectors: TaskVectors, seed: int) -> HeadEffects:
         """The effects that choose the heads, from what `read_heads` gives for the prompts."""
         asked, seeds = prompts[: self.n_corrupted], range(seed, seed + self.corruptions)
@@ -182,3 +187,7 @@ class MeanState(Method):
         values = read_site(engine, [[prompt] for prompt in prompts], RESID_POST, "last")
         vectors = vectors_of(engine, values, prompts, (), RESID_POST, self.name, {})
         return replace(vectors, op="add", task=task.name)
+
+    def reads(self, task: Task, prompts: Sequence[Prompt], seed: int) -> list[Read]:
+        """The prompts."""
+        return [Read(prompt) for prompt in prompts]

@@ -19,7 +19,18 @@ from torch import Tensor
 
 from tv_lens.answers import answer_ids, expected_answers
 from tv_lens.edits import HEADS, Edit, Edits, Head
-from tv_lens.engines import Capability, Engine, Model, Past, Tokens, engine_for, gradient, map_rows
+from tv_lens.engines import (
+    Capability,
+    Engine,
+    LastTokens,
+    Model,
+    Past,
+    Tokens,
+    Wanted,
+    engine_for,
+    gradient,
+    map_rows,
+)
 from tv_lens.errors import TvLensError
 from tv_lens.generation import encode, finite_logits
 from tv_lens.heads import FewShot, HeadEffects, How, Measure
@@ -57,27 +68,15 @@ def read_heads(model: Model, prompts: Sequence[Prompt], *, known_only: bool = Fa
     if known_only:
         expected_answers(prompts, None)  # an error if one is missing
     targets = _targets(engine, prompts, ids) if has_answers else None
-    shape = (len(prompts), len(engine.layers_of(HEADS)), engine.info.width(HEADS))
-    read = torch.empty(shape, dtype=torch.float32, device="cpu")
-    logprobs = torch.zeros(len(prompts), dtype=torch.float32, device="cpu")
-    right = torch.zeros(len(prompts), dtype=torch.bool, device="cpu")
-
-    def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
-        output = engine.forward(tokens, read=[HEADS], past=past, logits=has_answers, keep_past=False)
-        read[rows] = output.reads[HEADS]
-        if targets is not None:
-            logits = finite_logits(engine, output.logits, rows)
-            logprobs[rows] = _logprobs(logits, targets[rows]).cpu()
-            right[rows] = logits.argmax(dim=-1).cpu() == targets[rows]
-
-    map_rows(engine, [[row] for row in ids], work)
+    known = _judged_reads(engine, ids, targets)
+    read, logprobs, right = known.values, known.logprobs, known.right
     options: dict[str, Option] = {"site": HEADS.name, "positions": "last"}
-    if has_answers:
+    if logprobs is not None and right is not None:
         probability = float(logprobs.exp().mean())
         [(_, majority)] = Counter(prompt.answer for prompt in prompts).most_common(1)
         options |= {"n": len(prompts), "right": int(right.sum()), "probability": probability, "majority": majority}
     kept = list(range(len(prompts)))
-    if known_only:
+    if known_only and right is not None:
         kept = right.nonzero().flatten().tolist()
         options |= {"kept": len(kept) / len(prompts)}
         if not kept:
@@ -86,6 +85,29 @@ def read_heads(model: Model, prompts: Sequence[Prompt], *, known_only: bool = Fa
                 "nothing to read; use more shots or another template, or known_only=False"
             )
     return vectors_of(engine, read[kept], [prompts[i] for i in kept], (), HEADS, "read_heads", options)
+
+
+def _judged_reads(engine: Engine, ids: Sequence[Sequence[int]], targets: Int[Tensor, " row"] | None) -> LastTokens:
+    """The heads' outputs after every row, and how likely the targets are, if there are any."""
+    if engine.shared_reads is not None:
+        wanted = [Wanted(tuple(own), HEADS, None if targets is None else int(targets[i])) for i, own in enumerate(ids)]
+        engine.shared_reads.read(engine, [[each] for each in wanted])
+        return engine.shared_reads.use(wanted)
+    shape = (len(ids), len(engine.layers_of(HEADS)), engine.info.width(HEADS))
+    read = torch.empty(shape, dtype=torch.float32, device="cpu")
+    logprobs = torch.zeros(len(ids), dtype=torch.float32, device="cpu")
+    right = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
+
+    def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
+        output = engine.forward(tokens, read=[HEADS], past=past, logits=targets is not None, keep_past=False)
+        read[rows] = output.reads[HEADS]
+        if targets is not None:
+            logits = finite_logits(engine, output.logits, rows)
+            logprobs[rows] = _logprobs(logits, targets[rows]).cpu()
+            right[rows] = logits.argmax(dim=-1).cpu() == targets[rows]
+
+    map_rows(engine, [[row] for row in ids], work)
+    return LastTokens(read) if targets is None else LastTokens(read, logprobs, right)
 
 
 def head_effects(  # noqa: PLR0913 - its options are keywords

@@ -20,7 +20,7 @@ from torch import Tensor
 from tv_lens.edits import RESID_POST
 from tv_lens.engines import Engine, Model, engine_for
 from tv_lens.errors import TvLensError
-from tv_lens.methods.base import Method
+from tv_lens.methods.base import Method, Read
 from tv_lens.methods.extraction import read_site, vectors_of
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.tasks import Task
@@ -130,6 +130,10 @@ class LinearVector(Method):
     def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
         """One vector and one linear map per layer, for all prompts."""
         return replace(linear_vector(engine, prompts, penalty=self.penalty), task=task.name)
+
+    def reads(self, task: Task, prompts: Sequence[Prompt], seed: int) -> list[Read]:
+        """The prompts, and their queries alone."""
+        return [Read(each) for prompt in prompts for each in (prompt, prompt.zero_shot())]
 
     def shuffled(self, prompts: Sequence[Prompt], seed: int) -> list[Prompt] | None:
         """The prompts with permuted outputs; None if there are too few of them for a regression."""

@@ -17,8 +17,8 @@ from torch import Tensor
 from tv_lens.edits import RESID_POST, Edits, Site, Usage
 from tv_lens.engines import Capability, Engine, Model, Past, Tokens, engine_for, map_rows
 from tv_lens.errors import TvLensError
-from tv_lens.methods.base import Method
-from tv_lens.methods.extraction import check_substitutes, extract, read_site, vectors_of
+from tv_lens.methods.base import Method, Read
+from tv_lens.methods.extraction import check_substitutes, extract, read_site, substitute_reads, vectors_of
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors
@@ -155,6 +155,10 @@ class SeparatorVectors(Method):
         """One vector per separator and layer."""
         chosen = task.substitutes(prompts, self.substitutes, seed=seed)
         return replace(separator_vectors(engine, prompts, chosen, own=self.own), task=task.name)
+
+    def reads(self, task: Task, prompts: Sequence[Prompt], seed: int) -> list[Read]:
+        """The prompts with their substitute queries, unless each prompt's own separators are read."""
+        return [] if self.own else substitute_reads(task, prompts, self.substitutes, seed, RESID_POST)
 
     def shuffled(self, prompts: Sequence[Prompt], seed: int) -> list[Prompt] | None:
         """The prompts with permuted outputs; None if there are too few prompts for their separators."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from tv_lens.edits import HEADS, Usage
 from tv_lens.engines import Engine, Model, engine_for
 from tv_lens.errors import TvLensError
-from tv_lens.methods.base import Method
+from tv_lens.methods.base import Method, Read
 from tv_lens.methods.extraction import read_site, vectors_of
 from tv_lens.methods.separators import read_separators
 from tv_lens.prompts import Prompt, check_prompts
@@ -108,6 +108,10 @@ class StateVectors(Method):
     def __call__(self, engine: Engine, task: Task, prompts: Sequence[Prompt], seed: int) -> TaskVectors:
         """One vector per prompt and layer."""
         return replace(state_vectors(engine, prompts, last=self.last, momentum=self.momentum), task=task.name)
+
+    def reads(self, task: Task, prompts: Sequence[Prompt], seed: int) -> list[Read]:
+        """The heads after the prompts, if no other separators are read."""
+        return [Read(prompt, HEADS) for prompt in prompts] if self.last == 1 else []
 
     def shuffled(self, prompts: Sequence[Prompt], seed: int) -> list[Prompt] | None:
         """The prompts with permuted outputs; None if they have fewer separators than are read."""

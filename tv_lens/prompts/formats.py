@@ -38,7 +38,7 @@ def has_lone_surrogate(text: str) -> bool:
 
 
 def without_start_of(ending: str, text: str) -> str:
-    """The text without the longest part at its end with which `ending` may begin.
+    r"""The text without the longest part at its end with which `ending` may begin.
 
     >>> without_start_of("\n\n", "cold\n"), without_start_of("\n\n", "cold")
     ('cold', 'cold')

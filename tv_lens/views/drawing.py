@@ -16,6 +16,7 @@ from tv_lens.vectors import depth
 
 try:
     import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
 except ImportError as error:
     raise MissingExtraError('a figure needs Plotly; pip install "tv_lens[plots]"') from error
 
@@ -29,8 +30,10 @@ __all__ = [
     "bars",
     "depth_axis",
     "go",
+    "make_subplots",
     "new_figure",
     "plain",
+    "style",
 ]
 
 if TYPE_CHECKING:
@@ -51,7 +54,14 @@ LOOKS: Mapping[str, tuple[str, str]] = {
 
 
 def new_figure(title: str, subtitle: str = "") -> go.Figure:
+    """An empty figure with a title."""
     figure = go.Figure()
+    style(figure, title, subtitle)
+    return figure
+
+
+def style(figure: go.Figure, title: str, subtitle: str = "") -> None:
+    """Give a figure its title, and the look that all figures have."""
     below = {"subtitle": {"text": plain(subtitle), "font": {"size": 12}}} if subtitle else {}
     figure.update_layout(
         template="simple_white",
@@ -62,7 +72,6 @@ def new_figure(title: str, subtitle: str = "") -> go.Figure:
         width=860,
         height=440,
     )
-    return figure
 
 
 def bars(
@@ -94,9 +103,10 @@ def bars(
     }
 
 
-def accuracy_axis(figure: go.Figure, axis: str) -> None:
+def accuracy_axis(figure: go.Figure, axis: str, **panel: int) -> None:
+    """Make an axis that of accuracies: of the whole figure, or of the panel in this `row` and `col`."""
     update = figure.update_xaxes if axis == "x" else figure.update_yaxes
-    update(title="accuracy (95% interval)", range=[-0.03, 1.03], showgrid=True, gridcolor="#E5E5E5", dtick=0.2)
+    update(title="accuracy (95% interval)", range=[-0.03, 1.03], showgrid=True, gridcolor="#E5E5E5", dtick=0.2, **panel)
 
 
 def depth_axis(figure: go.Figure, layers: Sequence[int], n_layers: int | None) -> None:

@@ -6,7 +6,7 @@ import math
 import textwrap
 
 from tv_lens.edits import Head
-from tv_lens.evidence.conditions import PLAIN, Conditions
+from tv_lens.evidence.results import PLAIN, Conditions
 from tv_lens.heads import HeadEffects
 from tv_lens.views.drawing import COLORS, LOOKS, PATTERNS, accuracy_axis, bars, go, new_figure, plain
 

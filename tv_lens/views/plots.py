@@ -11,14 +11,15 @@ from functools import singledispatch
 from typing import Any
 
 from tv_lens.errors import UnsupportedError
-from tv_lens.evidence.conditions import Conditions
-from tv_lens.evidence.results import Conflict, Evaluation, Experiment, Score, Sweep, TaskResult
+from tv_lens.evidence.comparisons import Comparison
+from tv_lens.evidence.results import Conditions, Conflict, Evaluation, Experiment, Score, Sweep, TaskResult
 from tv_lens.geometry import Similarities, VectorMap
 from tv_lens.heads import HeadEffects
 from tv_lens.inspection import TokenTable
 from tv_lens.methods.learning import Learned
 from tv_lens.readout import TopTokens
 from tv_lens.vectors import layer_label
+from tv_lens.views.comparison import plot_comparison
 from tv_lens.views.drawing import (
     COLORS,
     GRAY,
@@ -328,6 +329,7 @@ def plot_tokens(table: TokenTable) -> go.Figure:
     return figure
 
 
+plot.register(Comparison, plot_comparison)
 plot.register(HeadEffects, plot_head_effects)
 plot.register(Conditions, plot_conditions)
 plot.register(Learned, plot_learned)
