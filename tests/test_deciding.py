@@ -49,7 +49,7 @@ pairs = answers.flatmap(lambda answer: st.tuples(st.just(answer), predictions(an
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(pairs, texts)
 @example(("\u0600", "\u0600 "), "a")  # a sign that the next character belongs to, unless it is left out
 @example(("3", "3\u00a0"), "000")
@@ -68,7 +68,7 @@ def test_what_is_decided_never_changes(rule: Any, pair: tuple[str, str], more: s
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-@settings(max_examples=700, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     st.text(st.sampled_from("aZ03_.,'’ \u00a0日本กب٣ä\u0301👩"), max_size=5).flatmap(
         lambda answer: st.tuples(st.just(answer), predictions(answer))
@@ -206,7 +206,7 @@ FORMATS: list[PromptFormat] = [
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: type(form).__name__)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from("ab#.] \n"), max_size=14))
 def test_a_settled_beginning_is_in_every_answer(form: PromptFormat, completion: str) -> None:
     for end in range(len(completion) + 1):
