@@ -86,7 +86,7 @@ def _draw_panel(figure: go.Figure, panel: int, category: str, tasks: Sequence[st
         tickvals=list(range(n)),
         ticktext=[plain(task) for task in tasks],
         range=[n - 0.5, -0.5],  # the first on top
-        title="task",
+        title="task" if panel == 1 else None,
         automargin=True,
         ticks="",
         zeroline=False,
@@ -221,7 +221,7 @@ def _draw_method(
 def _draw_legend(figure: go.Figure, looks: Mapping[str, tuple[str, str]]) -> None:
     """An entry for each method, and for what a filled and an empty symbol mean."""
     entries = [(method, symbol, color, color) for method, (color, symbol) in looks.items()]
-    entries += [(_FILLED, "octagon", GRAY, GRAY), (_EMPTY, "octagon-open", "#FFFFFF", GRAY)]
+    entries += [(_FILLED, "octagon", GRAY, GRAY), (_EMPTY, "octagon-open", GRAY, GRAY)]
     for name, symbol, fill, line in entries:
         figure.add_scatter(
             x=[None],
