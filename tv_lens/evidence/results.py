@@ -115,6 +115,8 @@ class Choice(NamedTuple):
 class Sweep:
     """Scores of the same prompts patched at each of several layers of a model with `n_layers` of them, with vectors
     written `strength` times as strongly as they are meant to be.
+
+    The texts of the scores are the beginnings of answers: a sweep stops each answer once its rule has decided.
     """
 
     layers: tuple[int, ...]
