@@ -236,14 +236,14 @@ def test_what_is_usual_does_not_warn(llama: Twins) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: tv.Task("x", {"hot": "cold"}), r"Task.from_mapping\('x', "),
-        (lambda model: tv.Task("x", ["hot"]), r"Task\('x', texts, function\)"),
-        (lambda model: tv.Task.from_mapping("x", [("hot", "cold")]), r"Task.from_mapping\('x', dict\(pairs\)\)"),
-        (lambda model: tv.run_experiment(model, UPPER), r"give a list"),
-        (lambda model: tv.run_experiment(model, ["upper"]), r"library\(\)\[name\]"),
-        (lambda model: tv.compare(model, UPPER, [tv.Extraction()]), r"give a list"),
+        (lambda model: tv.Task("x", {"hot": "cold"}), r"Task.from_mapping\('x', "),  # type: ignore[arg-type]
+        (lambda model: tv.Task("x", ["hot"]), r"Task\('x', texts, function\)"),  # type: ignore[arg-type]
+        (lambda model: tv.Task.from_mapping("x", [("hot", "cold")]), r"Task.from_mapping\('x', dict\(pairs\)\)"),  # type: ignore[arg-type]
+        (lambda model: tv.run_experiment(model, UPPER), r"give a list"),  # type: ignore[arg-type]
+        (lambda model: tv.run_experiment(model, ["upper"]), r"library\(\)\[name\]"),  # type: ignore[list-item]
+        (lambda model: tv.compare(model, UPPER, [tv.Extraction()]), r"give a list"),  # type: ignore[arg-type]
         (
-            lambda model: tv.top_tokens(model, UPPER.sample(1, shots=1, seed=0)[0], 1),
+            lambda model: tv.top_tokens(model, UPPER.sample(1, shots=1, seed=0)[0], 1),  # type: ignore[arg-type]
             r"extract\(model, prompts, substitutes\)",
         ),
     ],

@@ -118,7 +118,7 @@ def _warn_of_differences(engine: Engine, prompts: Sequence[Prompt], vectors: Tas
     they were read.
     """
     others = {prompt.template for prompt in prompts if not isinstance(prompt.template, (PlainText, FreeText))}
-    others.discard(vectors.template)  # type: ignore[arg-type]
+    others.discard(vectors.template)
     if vectors.template is not None and others:
         warn(
             f"these vectors are from prompts of {vectors.template!r} and are written into {next(iter(others))!r}; a "
