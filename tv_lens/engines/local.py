@@ -37,6 +37,7 @@ from tv_lens.engines.drivers import (
 )
 from tv_lens.engines.fingerprint import fingerprint_of
 from tv_lens.engines.hooks import reader, writer
+from tv_lens.engines.memory import available_memory, check_memory, costs_of
 from tv_lens.engines.planning import Limits, padded
 from tv_lens.engines.quantized import compute_dtype, noting_lost_gradients, packed_modules
 from tv_lens.errors import EngineError, TvLensError, UnsupportedError, warn
@@ -49,17 +50,23 @@ _TOLERANCE = {"float64": 1e-3, "float32": 1e-3}
 _HALF_TOLERANCE = 0.1
 
 
+# So many vectors at once are read through the unembedding, if memory allows.
+_READ_OUT = 64
+
+
 class LocalEngine(Engine):
     """A `TransformerBridge` in this process, on one device or several.
 
-    `batch_size` is the number of rows in a pass; by default as many as a budget of positions and logits allows.
+    `batch_size` is the number of rows in a pass; by default as many as fit into `memory`, a number of bytes for keys
+    and values, activations, logits, reads and edits. `memory=None` is half of the GPU's free memory when the engine is
+    first used, or 2 GiB on a CPU. If memory runs out all the same, smaller passes follow.
     `prepend_bos=None` follows the model's configuration. `progress=False` turns progress bars off.
 
     Several threads may use one model: each public call waits for the one before it.
 
     Raises:
         UnsupportedError: not a `TransformerBridge`, or not a decoder-only model.
-        TvLensError: `batch_size` below 1, no tokenizer, or no BOS token to prepend.
+        TvLensError: `batch_size` or `memory` below 1, no tokenizer, or no BOS token to prepend.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class LocalEngine(Engine):
         bridge: TransformerBridge,
         *,
         batch_size: int | None = None,
+        memory: int | None = None,
         prepend_bos: bool | None = None,
         progress: bool = True,
     ) -> None:
@@ -76,6 +84,7 @@ class LocalEngine(Engine):
                 "TransformerBridge.boot_transformers(name, hf_model=..., tokenizer=...)"
             )
         self.bridge, self.batch_size, self.progress = bridge, check_batch_size(batch_size), progress
+        self.memory = check_memory(memory)
         if config_of(bridge).get("is_encoder_decoder"):
             raise UnsupportedError(not_decoder_only(bridge))
         self._support = support_of(bridge)
@@ -89,8 +98,11 @@ class LocalEngine(Engine):
             hooks=self._hooks[RESID_POST],
         )
         n_heads, d_head = head_shape(bridge, self._hooks.get(HEADS, {}))
-        dtype = str(compute_dtype(bridge)).removeprefix("torch.")
-        self.info = replace(info, n_heads=n_heads, d_head=d_head, dtype=dtype)
+        dtype = compute_dtype(bridge)
+        self.info = replace(info, n_heads=n_heads, d_head=d_head, dtype=str(dtype).removeprefix("torch."))
+        self._costs = costs_of(
+            bridge, dtype, keeps_cache=self._support.keeps_cache, picks_logits=self._support.keeps_logits
+        )
         self.text = BridgeCodec(bridge, self.info, move_to_device=False)
         self.capabilities = _CAPABILITIES
         self.sites = frozenset(self._hooks)
@@ -108,7 +120,16 @@ class LocalEngine(Engine):
             shares_prefixes=self._support.forks,
             gaps_up_to=self._support.gaps_up_to,
             caches_beyond=self._support.caches_beyond,
+            memory=self._memory,
+            costs=self._costs,
+            is_capped=torch.device(self.bridge.cfg.device or "cpu").type == "cpu",
         )
+
+    @cached_property
+    def _memory(self) -> int:
+        if self.memory is not None:
+            return self.memory
+        return available_memory(each.device for each in self.bridge.original_model.parameters())
 
     def layers_of(self, site: Site) -> tuple[int, ...]:
         """The layers that have the site; hybrid models have attention heads in some only."""
@@ -167,7 +188,13 @@ class LocalEngine(Engine):
         """
         try:
             with self.session(), self._computing(grad=False):
-                result = logit_readout(self.bridge, vectors, top_k=k, return_type="probs")
+                result = logit_readout(
+                    self.bridge,
+                    vectors,
+                    top_k=k,
+                    return_type="probs",
+                    chunk_size=max(1, min(_READ_OUT, self.limits.logit_rows() // 2)),  # it makes twice the copies
+                )
         except NotImplementedError as error:
             raise UnsupportedError(
                 f"{self.name}: the unembedding cannot be read, because its weights are quantized or offloaded; load "

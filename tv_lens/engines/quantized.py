@@ -95,7 +95,8 @@ def noting_lost_gradients(modules: Mapping[str, nn.Module], checked: set[str]) -
 
     try:
         for name in modules.keys() - checked:
-            handles.append(modules[name].register_forward_hook(note(name)))
+            # One by one, so that Ctrl-C leaves none that is not known.
+            handles.append(modules[name].register_forward_hook(note(name)))  # noqa: PERF401
         yield lost
     finally:
         finish(put_back)
