@@ -140,12 +140,12 @@ class Checks:
             model = self.boot(device="cpu")
             names = dict(model.original_model.named_modules())
             needs("model.layers.0" in names and "lm_head" in names, "a model with model.layers and lm_head")
-            places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+            places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
             places |= {f"model.layers.{layer}": "cpu" if layer % 2 else "disk" for layer in range(n_layers)}
             return self.near(self.boot(device_map=places, offload_folder=folder), TOLERANCES[torch.float32])
 
     def out_of_memory(self) -> str:
-        """Other tensors fill the GPU, up to what a single row needs; the engine believes that it has much."""
+        """The GPU has a third of what 512 rows need, and the engine does not know."""
         needs(cuda(1), "a CUDA GPU")
         model = self.boot(device="cuda")
         prompts = [tv.Prompt((), "hot cold big small " * 8)] * 512
