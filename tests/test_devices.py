@@ -168,7 +168,7 @@ def test_a_cache_on_two_devices_is_forked_and_taken_apart(monkeypatch: pytest.Mo
     assert engine.forward(step, edits=edits, past=fewer).logits is not None
 
 
-def test_the_stand_in_for_two_devices_notices_a_tensor_on_the_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_on_the_other_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the tests above could not fail."""
     engine, _ = split_engine(monkeypatch)
     tokens = tokens_of(engine, ["hot ->"])
