@@ -146,7 +146,7 @@ def test_tensors_go_to_the_device_of_what_they_are_written_into(
     tokens = tokens_of(engine, ["hot -> cold", "a quick ->"])
     edits = tv.Edits.per_row(torch.ones(2, 32), torch.tensor([1, 3]), op=op)
     if op == "set":
-        edits = tv.Edits((*edits, *tv.Edits.per_row(torch.ones(2, 8), torch.tensor([0, 2]), site=tv.HEADS, head=1)))
+        edits = tv.Edits((*edits, *tv.Edits.per_row(torch.ones(2, 32), torch.tensor([0, 2]), site=tv.HEADS)))
     weights = torch.full((2, 2), 0.5)
     output = engine.forward(tokens, edits=edits, read=[tv.RESID_POST, tv.HEADS], weights=weights, logits=logits)
     assert {str(each.device) for each in output.reads.values()} == {"cpu"}
