@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from models import Twins, ids_of, make_tokenizer, make_twins, original
 from oracle import plain_generate, plain_run, until_end
 from passes import tokens_of
 from transformer_lens.model_bridge import TransformerBridge
+from two_devices import FIRST, SECOND, split_bridge
 
 import tv_lens as tv
 
@@ -124,3 +126,59 @@ def test_a_custom_device_map(kept: str, tmp_path: Path) -> None:
     inner = next(original(bridge).model.layers[1].parameters())
     assert inner.device.type == ("meta" if kept == "disk" else "cpu")
     as_plain_hooks(bridge, twins, 1e-4)
+
+
+def split_engine(monkeypatch: pytest.MonkeyPatch) -> tuple[tv.LocalEngine, Any]:
+    bridge, mode = split_bridge(monkeypatch)
+    assert (bridge.cfg.device, bridge.cfg.n_devices) == (FIRST, 2)
+    engine = tv.LocalEngine(bridge, progress=False)
+    monkeypatch.setattr(engine, "_put", lambda tensor: tensor)  # done inside of the mode
+    return engine, mode
+
+
+@pytest.mark.parametrize("logits", [True, False, 2])
+@pytest.mark.parametrize("op", ["set", "add", "rotate"])
+def test_tensors_go_to_the_device_of_what_they_are_written_into(
+    monkeypatch: pytest.MonkeyPatch, op: Any, logits: bool | int
+) -> None:
+    """Edits below and above the border between two devices, and reads of all layers."""
+    engine, _ = split_engine(monkeypatch)
+    tokens = tokens_of(engine, ["hot -> cold", "a quick ->"])
+    edits = tv.Edits.per_row(torch.ones(2, 32), torch.tensor([1, 3]), op=op)
+    if op == "set":
+        edits = tv.Edits((*edits, *tv.Edits.per_row(torch.ones(2, 32), torch.tensor([0, 2]), site=tv.HEADS)))
+    weights = torch.full((2, 2), 0.5)
+    output = engine.forward(tokens, edits=edits, read=[tv.RESID_POST, tv.HEADS], weights=weights, logits=logits)
+    assert {str(each.device) for each in output.reads.values()} == {"cpu"}
+    assert {tuple(each.shape) for each in output.reads.values()} == {(2, 4, 32)}
+    assert (output.logits is None) == (logits is False)
+
+
+def test_a_cache_on_two_devices_is_forked_and_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, mode = split_engine(monkeypatch)
+    tokens = tokens_of(engine, ["hot -> cold", "a quick ->"])
+    past = engine.forward(tokens, logits=False).past
+    with mode:
+        wide = engine.fork(past, 2)
+        fewer = engine.select(wide, [0, 3])
+    assert fewer is not None
+    assert [str(each.keys.device) for each in fewer.layers] == [FIRST, FIRST, SECOND, SECOND]
+    step = tokens.repeat(2).keep([0, 3]).then(torch.tensor([5, 6]))
+    edits = tv.Edits.per_row(torch.ones(2, 32), torch.tensor([0, 2]))
+    assert engine.forward(step, edits=edits, past=fewer).logits is not None
+
+
+def test_a_tensor_on_the_other_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the tests above could not fail."""
+    engine, _ = split_engine(monkeypatch)
+    tokens = tokens_of(engine, ["hot ->"])
+    monkeypatch.setattr(engine, "_logits_to_keep", lambda logits: {"logits_to_keep": torch.zeros(0, dtype=torch.long)})
+    with pytest.raises(RuntimeError, match="indices are on cpu:1, what they index is on cpu:2"):
+        engine.forward(tokens, logits=False)
+
+    def write_from_the_first_device(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        return activation + torch.ones(32, device=FIRST)
+
+    engine.bridge.add_hook("blocks.3.hook_resid_post", write_from_the_first_device)
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        engine.forward(tokens, logits=True)

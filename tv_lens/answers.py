@@ -203,7 +203,19 @@ def divergence(
     patched_prompts = placed.prompts(whole)
     few_shot_ids, ids = encode(engine, whole, 1), encode(engine, patched_prompts, 1)
     edits = edits_for(engine, patched_prompts, ids, task_vectors, layer, placed)
-    numbers = range(len(whole))
-    few_shot = finite_logits(engine, next_logits(engine, few_shot_ids, Edits()), numbers).log_softmax(dim=-1)
-    patched = finite_logits(engine, next_logits(engine, ids, edits), numbers).log_softmax(dim=-1)
-    return torch.nn.functional.kl_div(patched, few_shot, reduction="none", log_target=True).sum(dim=-1)
+    divergences = []
+    at_once = max(1, engine.limits.logit_rows() // 2)  # prompts, each with two distributions over the vocabulary
+    for first in range(0, len(whole), at_once):
+        numbers = list(range(first, min(first + at_once, len(whole))))
+        few_shot = _next_logprobs(engine, few_shot_ids, Edits(), numbers)
+        patched = _next_logprobs(engine, ids, edits, numbers)
+        divergences.append(torch.nn.functional.kl_div(patched, few_shot, reduction="none", log_target=True).sum(dim=-1))
+    return torch.cat(divergences)
+
+
+def _next_logprobs(
+    engine: Engine, ids: Sequence[Sequence[int]], edits: Edits, numbers: Sequence[int]
+) -> Float[Tensor, "prompt d_vocab"]:
+    """The log-probabilities of the next token after some of the prompts."""
+    logits = next_logits(engine, [ids[i] for i in numbers], edits.keep(numbers))
+    return finite_logits(engine, logits, numbers).log_softmax(dim=-1)

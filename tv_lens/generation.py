@@ -58,13 +58,13 @@ def sample(*, temperature: float = 1.0, top_k: int | None = None, top_p: float |
         warpers.append(TopPLogitsWarper(float(top_p)))
 
     def draw(logits: Float[Tensor, "batch d_vocab"], keys: Sequence[str]) -> Int[Tensor, " batch"]:
-        scores = logits.cpu()
-        for warp in warpers:
-            scores = warp(None, scores)
-        chosen = [
-            torch.multinomial(row.softmax(dim=-1), 1, generator=derive_generator(seed, key))
-            for row, key in zip(scores, keys, strict=True)
-        ]
+        chosen = []
+        # Row by row, as nucleus sampling needs seven copies of a row.
+        for row, key in zip(logits.cpu().split(1), keys, strict=True):
+            scores = row
+            for warp in warpers:
+                scores = warp(None, scores)
+            chosen.append(torch.multinomial(scores[0].softmax(dim=-1), 1, generator=derive_generator(seed, key)))
         return torch.cat(chosen)
 
     return draw
@@ -193,14 +193,16 @@ def encode(engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int) -> li
 
 def next_logits(engine: Engine, ids: Sequence[Sequence[int]], edits: Edits) -> Float[Tensor, "row d_vocab"]:
     """Next-token logits of every row; float32, on the CPU."""
-    logits: dict[int, Tensor] = {}
+    logits: list[Float[Tensor, "row d_vocab"]] = []  # one tensor, as wide as what the model gives
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
-        output = engine.forward(tokens, edits=edits, past=past, keep_past=False)
-        logits.update(zip(rows, required_logits(output.logits).cpu(), strict=True))
+        some = required_logits(engine.forward(tokens, edits=edits, past=past, keep_past=False).logits)
+        if not logits:
+            logits.append(torch.empty(len(ids), some.shape[1], dtype=some.dtype, device="cpu"))
+        logits[0][rows] = some.cpu()
 
     map_rows(engine, [[row] for row in ids], work, edits=edits)
-    return torch.stack([logits[row] for row in range(len(ids))])
+    return logits[0]
 
 
 def check_new_tokens(engine: Engine, max_new_tokens: int) -> None:

@@ -66,7 +66,7 @@ def measure(  # noqa: PLR0913 - its options are keywords
     stops = {prompt.template: engine.text.stop_of(prompt) for prompt in prompts}
     begun = [Answer(prompts[i], stops[prompts[i].template], "", i) for i in range(n) for _ in range(k)]
     logprobs, divergences = torch.zeros(2, n * k, dtype=torch.float32, device="cpu")
-    following: dict[int, Float[Tensor, " d_vocab"]] = {}
+    following: list[Float[Tensor, "row d_vocab"]] = []  # one tensor, as wide as what the model gives
 
     def observe(rows: list[int], logits: Float[Tensor, "row d_vocab"]) -> None:
         chosen = logits.log_softmax(dim=-1).clamp_min(_LEAST)
@@ -74,7 +74,9 @@ def measure(  # noqa: PLR0913 - its options are keywords
             expected_next = teacher[[row // k for row in rows]].to(chosen.device)
             divergences[rows] = kl_div(chosen, expected_next, reduction="none", log_target=True).sum(dim=-1).cpu()
         if keep_next:
-            following.update(zip(rows, chosen.cpu(), strict=True))
+            if not following:
+                following.append(torch.empty(n * k, chosen.shape[1], dtype=chosen.dtype, device="cpu"))
+            following[0][rows] = chosen.cpu()
 
     # An engine that cannot fork a past runs each row twice from the beginning.
     splits = engine.limits.shares_prefixes
@@ -105,7 +107,7 @@ def measure(  # noqa: PLR0913 - its options are keywords
             answers=tuple(begun[j::k]),
             logprobs=logprobs[j::k],
             divergences=None if teacher is None else divergences[j::k],
-            next_logprobs=torch.stack([following[row] for row in range(j, n * k, k)]) if keep_next else None,
+            next_logprobs=following[0][j::k] if keep_next else None,
         )
         for j in range(k)
     ]
@@ -181,8 +183,9 @@ class _Pair:
 
     def _observe(self, logits: Float[Tensor, "row d_vocab"], lanes: Sequence[_Lane]) -> None:
         own = [slot for slot, lane in enumerate(lanes) if not lane.forced]
-        for first in range(0, len(own), _COMPARED):
-            some = own[first : first + _COMPARED]
+        at_once = max(1, min(_COMPARED, self.engine.limits.logit_rows() // 2))
+        for first in range(0, len(own), at_once):
+            some = own[first : first + at_once]
             self.observe([lanes[slot].row for slot in some], logits[some])
 
     def _add(self, logits: Float[Tensor, "row d_vocab"], lanes: Sequence[_Lane], step: int, *, every: bool) -> None:

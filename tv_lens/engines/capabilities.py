@@ -25,6 +25,7 @@ from tv_lens.engines.drivers import (
     is_recurrent,
 )
 from tv_lens.engines.projection import Projection
+from tv_lens.engines.quantized import compute_dtype
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _CONTEXT_NAMES = (
@@ -166,14 +167,15 @@ def projection_of(bridge: TransformerBridge, layer: int, n_heads: int) -> Projec
     block = bridge.blocks[layer]
     linear = block.attn.o.original_component
     has_norm = f"blocks.{layer}.ln1_post.hook_out" in bridge.hook_dict
-    weights = [parameter for parameter in linear.parameters() if parameter.is_floating_point()]
-    device = next((each.device for each in linear.parameters()), torch.device("cpu"))
+    tensors = [*linear.parameters(), *linear.buffers()]  # GPTQ and AWQ keep their weights in buffers
+    floats = [each for each in tensors if each.is_floating_point() and each.element_size() > 1]
+    device = next((each.device for each in tensors), torch.device("cpu"))
     return Projection(
         linear=linear,
         norm=block.ln1_post.original_component if has_norm else None,
         multiplier=float(config_of(bridge).get("residual_multiplier") or 1.0),
         n_heads=n_heads,
-        dtype=weights[0].dtype if weights else bridge.cfg.dtype,
+        dtype=floats[0].dtype if floats else compute_dtype(bridge),
         # Offloaded weights are on no device until their module is called.
         device=torch.device(bridge.cfg.device or "cpu") if device.type == "meta" else device,
     )

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import RemoteBridge, TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -37,6 +38,7 @@ class ModelState:
     max_rows: int | None = None
     padded_up_to: float | None = None
     checked_lengths: set[int] = field(default_factory=set)
+    differentiable: set[str] = field(default_factory=set)
 
 
 _STATES: WeakKeyDictionary[Any, ModelState] = WeakKeyDictionary()
@@ -243,6 +245,16 @@ def tensors_of(bridge: TransformerBridge) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in bridge.original_model.named_buffers():
         if not (changes and name.endswith("inv_freq")):
             yield name, buffer
+
+
+def inner_tensors(tensor: Tensor) -> tuple[dict[str, Tensor], str]:
+    """The tensors inside a wrapper, such as the numbers and scales of torchao's quantized weights, and its other
+    values as text; nothing for a plain tensor.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return {}, ""
+    names, rest = tensor.__tensor_flatten__()
+    return {name: getattr(tensor, name) for name in names}, str(rest)
 
 
 # Remote bridges

@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tv_lens.engines.drivers import config_of, tensors_of, user_hooks
+from tv_lens.engines.quantized import packed_modules, stored_tensors
 from tv_lens.errors import TvLensError
 
 # Tensors are hashed in pieces of so many numbers, so that a model on a GPU is not copied as a whole.
@@ -37,7 +39,10 @@ def fingerprint_of(bridge: TransformerBridge) -> str:
     digest = xxhash.xxh3_64()
     config = {name: value for name, value in config_of(bridge).items() if name not in _IRRELEVANT}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in tensors_of(bridge):
+    packed = packed_modules(bridge)
+    plain = ((name, tensor) for name, tensor in tensors_of(bridge) if name.rpartition(".")[0] not in packed)
+    stored = (each for name, module in packed.items() for each in stored_tensors(name, module))
+    for name, tensor in chain(plain, stored):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         _add_tensor(digest, tensor)
     for name, function in user_hooks(bridge):

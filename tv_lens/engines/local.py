@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
@@ -37,27 +37,36 @@ from tv_lens.engines.drivers import (
 )
 from tv_lens.engines.fingerprint import fingerprint_of
 from tv_lens.engines.hooks import reader, writer
+from tv_lens.engines.memory import available_memory, check_memory, costs_of
 from tv_lens.engines.planning import Limits, padded
+from tv_lens.engines.quantized import compute_dtype, noting_lost_gradients, packed_modules
 from tv_lens.errors import EngineError, TvLensError, UnsupportedError, warn
 
 _CAPABILITIES = frozenset(Capability)
 
-# How far a padded row may be from the same row alone, as a share of the activation's length.
+# How far a padded row may be from the same row alone, as a share of the activation's length. Quantized models count
+# as half precision: some round activations too, and then by the largest one of the whole batch.
 _TOLERANCE = {"float64": 1e-3, "float32": 1e-3}
 _HALF_TOLERANCE = 0.1
+
+
+# So many vectors at once are read through the unembedding, if memory allows.
+_READ_OUT = 64
 
 
 class LocalEngine(Engine):
     """A `TransformerBridge` in this process, on one device or several.
 
-    `batch_size` is the number of rows in a pass; by default as many as a budget of positions and logits allows.
+    `batch_size` is the number of rows in a pass; by default as many as fit into `memory`, a number of bytes for keys
+    and values, activations, logits, reads and edits. `memory=None` is half of the GPU's free memory when the engine is
+    first used, or 2 GiB on a CPU. If memory runs out all the same, smaller passes follow.
     `prepend_bos=None` follows the model's configuration. `progress=False` turns progress bars off.
 
     Several threads may use one model: each public call waits for the one before it.
 
     Raises:
         UnsupportedError: not a `TransformerBridge`, or not a decoder-only model.
-        TvLensError: `batch_size` below 1, no tokenizer, or no BOS token to prepend.
+        TvLensError: `batch_size` or `memory` below 1, no tokenizer, or no BOS token to prepend.
     """
 
     def __init__(
@@ -65,6 +74,7 @@ class LocalEngine(Engine):
         bridge: TransformerBridge,
         *,
         batch_size: int | None = None,
+        memory: int | None = None,
         prepend_bos: bool | None = None,
         progress: bool = True,
     ) -> None:
@@ -74,6 +84,7 @@ class LocalEngine(Engine):
                 "TransformerBridge.boot_transformers(name, hf_model=..., tokenizer=...)"
             )
         self.bridge, self.batch_size, self.progress = bridge, check_batch_size(batch_size), progress
+        self.memory = check_memory(memory)
         if config_of(bridge).get("is_encoder_decoder"):
             raise UnsupportedError(not_decoder_only(bridge))
         self._support = support_of(bridge)
@@ -87,7 +98,11 @@ class LocalEngine(Engine):
             hooks=self._hooks[RESID_POST],
         )
         n_heads, d_head = head_shape(bridge, self._hooks.get(HEADS, {}))
-        self.info = replace(info, n_heads=n_heads, d_head=d_head)
+        dtype = compute_dtype(bridge)
+        self.info = replace(info, n_heads=n_heads, d_head=d_head, dtype=str(dtype).removeprefix("torch."))
+        self._costs = costs_of(
+            bridge, dtype, keeps_cache=self._support.keeps_cache, picks_logits=self._support.keeps_logits
+        )
         self.text = BridgeCodec(bridge, self.info, move_to_device=False)
         self.capabilities = _CAPABILITIES
         self.sites = frozenset(self._hooks)
@@ -105,7 +120,16 @@ class LocalEngine(Engine):
             shares_prefixes=self._support.forks,
             gaps_up_to=self._support.gaps_up_to,
             caches_beyond=self._support.caches_beyond,
+            memory=self._memory,
+            costs=self._costs,
+            is_capped=torch.device(self.bridge.cfg.device or "cpu").type == "cpu",
         )
+
+    @cached_property
+    def _memory(self) -> int:
+        if self.memory is not None:
+            return self.memory
+        return available_memory(each.device for each in self.bridge.original_model.parameters())
 
     def layers_of(self, site: Site) -> tuple[int, ...]:
         """The layers that have the site; hybrid models have attention heads in some only."""
@@ -158,9 +182,24 @@ class LocalEngine(Engine):
     ) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"]]:
         """The `k` most likely tokens of each vector and their probabilities, through the model's own final norm and
         unembedding (TransformerLens's `logit_readout`); on the CPU.
+
+        Raises:
+            UnsupportedError: an unembedding whose weights are quantized, or offloaded.
         """
-        with self.session(), self._computing(grad=False):
-            result = logit_readout(self.bridge, vectors, top_k=k, return_type="probs")
+        try:
+            with self.session(), self._computing(grad=False):
+                result = logit_readout(
+                    self.bridge,
+                    vectors,
+                    top_k=k,
+                    return_type="probs",
+                    chunk_size=max(1, min(_READ_OUT, self.limits.logit_rows() // 2)),  # it makes twice the copies
+                )
+        except NotImplementedError as error:
+            raise UnsupportedError(
+                f"{self.name}: the unembedding cannot be read, because its weights are quantized or offloaded; load "
+                f"the model with its lm_head as it is ({error})"
+            ) from error
         if result.top_ids is None:
             raise EngineError(f"{self.name} gave no tokens for its vectors")
         return result.top_ids.cpu(), result.values.float().cpu()
@@ -199,7 +238,8 @@ class LocalEngine(Engine):
         expected = alone.reads[RESID_POST][0]
         error = (together.reads[RESID_POST][0] - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
         self._state.checked_lengths.add(length_class)
-        if float(error.max()) < _TOLERANCE.get(self.info.dtype, _HALF_TOLERANCE):
+        tolerance = _HALF_TOLERANCE if self._packed else _TOLERANCE.get(self.info.dtype, _HALF_TOLERANCE)
+        if float(error.max()) < tolerance:
             return True
         self._state.padded_up_to = float(2 ** (length_class - 1) - 1)
         warn(
@@ -244,7 +284,7 @@ class LocalEngine(Engine):
         n_writes = len(hooks)
         hooks += self._read_hooks(reads, weights, grad)
         caching = past is not None or (keep_past and self._support.keeps_cache)
-        with self.session():
+        with self.session(), self._noting_lost_gradients(grad) as lost:
             components = {p: c for p, _ in hooks if (c := self._components.get(p)) is not None and has_output_hooks(c)}
             with self._computing(grad), output_hooks([(components[p], f) for p, f in hooks if p in components]):
                 output, past = self.bridge.run_with_hooks(
@@ -256,6 +296,12 @@ class LocalEngine(Engine):
                     use_cache=caching,
                     **self._logits_to_keep(logits),
                 )
+        if lost:
+            raise UnsupportedError(
+                f"{self.name} gives no gradients: {len(lost)} quantized modules ({lost[0]}, ...) have no backward "
+                "pass, so gradients would be wrong; load the model in a precision or quantization that can be trained "
+                "(bfloat16, bitsandbytes on a GPU, torchao int8 weights), or use methods without gradients"
+            )
         if len(fired) != n_writes:
             raise EngineError(
                 f"{self.name}: {n_writes} writes were to be made and {len(fired)} were; the logits would not be those "
@@ -333,6 +379,13 @@ class LocalEngine(Engine):
     def _components(self) -> dict[HookPoint, nn.Module]:
         return components_of(self.bridge, self._hook_points.values())
 
+    def _noting_lost_gradients(self, grad: bool) -> AbstractContextManager[list[str]]:
+        return noting_lost_gradients(self._packed if grad else {}, self._state.differentiable)
+
+    @cached_property
+    def _packed(self) -> dict[str, nn.Module]:
+        return packed_modules(self.bridge)
+
     @property
     def _points(self) -> list[HookPoint]:
         return list(self._hook_points.values())
@@ -343,9 +396,9 @@ class LocalEngine(Engine):
     def _logits_to_keep(self, logits: bool | int) -> dict[str, Any]:
         if not self._support.keeps_logits:
             return {}
-        # A number counts from the end, where 0 would mean all; an empty index makes no logits.
-        nothing = torch.empty(0, dtype=torch.long, device=self.bridge.cfg.device)
-        return {"logits_to_keep": int(logits) if logits else nothing}
+        # A number counts from the end, where 0 would mean all; an empty slice makes no logits. An index tensor would
+        # have to be on the unembedding's device, and accelerate moves every tensor to the first one.
+        return {"logits_to_keep": int(logits) if logits else slice(0, 0)}
 
     def _put(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.bridge.cfg.device)

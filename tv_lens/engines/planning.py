@@ -8,6 +8,7 @@ part      rows of one pass: what is left of them after the prefix
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -18,17 +19,52 @@ from torch import Tensor
 
 Ids: TypeAlias = tuple[int, ...]
 
-# One pass holds at most so many positions (keys and values) and so many logits, unless `batch_size` is given.
+# One pass holds at most so many positions (keys and values) and so many logits, unless `batch_size` is given: on a CPU
+# larger passes are not faster.
 MAX_POSITIONS = 8192
 MAX_LOGITS = 2**26
+
+# A fourth of the memory is for prefixes that are kept, the rest for a pass.
+_SHARE_OF_PREFIXES = 4
+
+
+@dataclass(frozen=True)
+class Costs:
+    """How many bytes a pass needs.
+
+    `cache` is for the keys and values of one position; `position` and `pair` are for the activations of one block, for
+    each position and for each pair of positions that attend; `logits` is for each position that gets logits, with what
+    is computed from them; `row` is for the reads and edits of one row. Without `picks_logits` every position that is
+    run gets logits.
+    """
+
+    cache: int = 0
+    position: int = 0
+    pair: int = 0
+    logits: int = 0
+    row: int = 0
+    n_blocks: int = 1
+    picks_logits: bool = True
+
+    def of_row(self, length: int, *, run: int | None = None, n_logits: int = 1, graph: bool = False) -> int:
+        """The bytes of a row of `length` positions, of which the last `run` are computed (None: all). A graph holds
+        the activations of all blocks, and twice the logits.
+        """
+        run = length if run is None else min(run, length)
+        blocks, copies = (self.n_blocks, 2) if graph else (1, 1)
+        # Keys and values twice: those of the shared prefix, and the rows' copies of them.
+        held = 2 * self.cache * length + self.row
+        activations = blocks * run * (self.position + self.pair * length)
+        return held + activations + copies * self.logits * (n_logits if self.picks_logits else run)
 
 
 @dataclass(frozen=True)
 class Limits:
     """How an engine's rows may be batched.
 
-    `batch_size` is the number of rows in a pass; None computes it from the budgets of positions and logits. `max_rows`
-    is the most that memory can hold, as far as known. Rows of unequal length share a pass only up to `padded_up_to`
+    `batch_size` is the number of rows in a pass; None computes it from `memory` in bytes, as far as it is known, and
+    with `is_capped` from `MAX_POSITIONS` and `MAX_LOGITS`. One row is always run. `max_rows` is the most that memory
+    could hold before. Rows of unequal length share a pass only up to `padded_up_to`
     positions, new tokens included. Prefixes are shared if `shares_prefixes`, and pads between a prefix and the rows
     after it are allowed up to `gaps_up_to` positions. A cache may grow across `padded_up_to` only if
     `caches_beyond` says so.
@@ -41,11 +77,38 @@ class Limits:
     shares_prefixes: bool = False
     gaps_up_to: float = math.inf
     caches_beyond: bool = True
+    memory: int | None = None
+    costs: Costs = Costs()
+    is_capped: bool = True
 
-    def rows(self, longest: int) -> int:
-        """How many rows of at most `longest` tokens go into one pass."""
-        fit = self.batch_size or max(1, min(MAX_POSITIONS // longest, MAX_LOGITS // self.d_vocab))
+    def rows(self, longest: int, new_tokens: int = 0) -> int:
+        """How many rows of at most `longest` tokens go into one pass, each of which gets `new_tokens` more."""
+        fit = self.batch_size or max(
+            1, min(self._capped(longest), self._fitting(self.costs.of_row(longest + new_tokens)))
+        )
         return fit if self.max_rows is None else min(fit, self.max_rows)
+
+    def graph_rows(self, longest: int, *, run: int, n_logits: int = 1) -> int:
+        """How many rows of at most `longest` tokens go into a pass that keeps the graph of the last `run`."""
+        return max(1, self._fitting(self.costs.of_row(longest, run=run, n_logits=n_logits, graph=True)))
+
+    def logit_rows(self) -> int:
+        """For how many positions logits can be held at once, with what is computed from them."""
+        return max(1, min(MAX_LOGITS // self.d_vocab, self._fitting(self.costs.logits)))
+
+    def kept_positions(self) -> int:
+        """How many positions of shared prefixes may be kept between calls."""
+        if self.memory is None or not self.costs.cache:
+            return MAX_POSITIONS
+        return min(MAX_POSITIONS, self.memory // _SHARE_OF_PREFIXES // self.costs.cache)
+
+    def _capped(self, longest: int) -> int:
+        return min(MAX_POSITIONS // longest, MAX_LOGITS // self.d_vocab) if self.is_capped else sys.maxsize
+
+    def _fitting(self, each: int) -> int:
+        if self.memory is None or not each:
+            return sys.maxsize
+        return (self.memory - self.memory // _SHARE_OF_PREFIXES) // each
 
 
 @dataclass(frozen=True)
@@ -150,7 +213,7 @@ def _plan_rows(rows: Sequence[tuple[int, Ids]], limits: Limits, new_tokens: int)
     queue = sorted(rows, key=lambda row: -len(row[1]))
     while queue:
         longest = len(queue[0][1])
-        size = limits.rows(longest)
+        size = limits.rows(longest, new_tokens)
         mixed = longest + new_tokens <= limits.padded_up_to
         chunk = [row for row in queue[:size] if mixed or len(row[1]) == longest]
         queue = queue[len(chunk) :]
@@ -164,7 +227,7 @@ def _plan_groups(groups: Sequence[_Group], limits: Limits, new_tokens: int) -> I
     """Batches of groups of one size, each with a shared prefix."""
     queue = sorted(groups, key=lambda group: -group.longest)
     while queue:
-        chunk = queue[: limits.rows(queue[0].longest)]
+        chunk = queue[: limits.rows(queue[0].longest, new_tokens)]
         queue = queue[len(chunk) :]
         lengths = {len(ids) - group.start for group in chunk for ids in group.ids}
         seen = max(group.start for group in chunk) + max(lengths)
@@ -172,7 +235,7 @@ def _plan_groups(groups: Sequence[_Group], limits: Limits, new_tokens: int) -> I
             whole = [(group.first + i, ids) for group in chunk for i, ids in enumerate(group.ids)]
             yield from _plan_rows(whole, limits, new_tokens)
             continue
-        width = max(1, limits.rows(chunk[0].longest) // len(chunk))
+        width = max(1, limits.rows(chunk[0].longest, new_tokens) // len(chunk))
         parts = []
         for start in range(0, len(chunk[0].ids), width):
             members = [(group, i) for group in chunk for i in range(start, min(len(group.ids), start + width))]

@@ -22,7 +22,9 @@ Work: TypeAlias = Callable[[list[int], Tokens, Past, Edits], None]
 
 @dataclass
 class Prefixes:
-    """The pasts of shared prefixes, kept for rows that are run many times. No more than `most` positions are kept."""
+    """The pasts of shared prefixes, kept for rows that are run many times. No more than `most` positions are kept, and
+    no more than the engine's memory allows.
+    """
 
     most: int = MAX_POSITIONS
     _pasts: dict[tuple[Ids, ...], tuple[Tokens, Past]] = field(default_factory=dict)
@@ -32,9 +34,9 @@ class Prefixes:
         """The tokens of these prefixes and the past after them, if they are kept."""
         return self._pasts.get(prefixes)
 
-    def keep(self, prefixes: tuple[Ids, ...], tokens: Tokens, past: Past) -> bool:
+    def keep(self, prefixes: tuple[Ids, ...], tokens: Tokens, past: Past, limits: Limits) -> bool:
         """Keep the past, which must then be forked before it is used; False if there is too much already."""
-        if self._positions + tokens.ids.numel() > self.most:
+        if self._positions + tokens.ids.numel() > min(self.most, limits.kept_positions()):
             return False
         self._pasts[prefixes] = tokens, past
         self._positions += tokens.ids.numel()
@@ -75,12 +77,26 @@ def map_rows(  # noqa: PLR0913 - its options are keywords
         while remaining:
             try:
                 run.run(remaining, shown)
-            except torch.cuda.OutOfMemoryError:
-                if not engine.shrink(run.rows_tried):
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or not engine.shrink(run.rows_tried):
                     raise
                 if kept is not None:
                     kept.clear()
             remaining = [g for g in remaining if not run.done.issuperset(range(firsts[g], firsts[g + 1]))]
+
+
+# Only CUDA and XPU have a class for it.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # on a CPU
+    "not enough memory",  # on a CPU, Windows
+    "backend out of memory",  # Apple
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on whatever device."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 @dataclass
@@ -150,7 +166,7 @@ class _Run:
         tokens = Tokens(*padded(batch.prefixes, self.engine.info.pad_id))
         self.rows_tried = len(tokens)
         past = self.engine.forward(tokens, logits=False).past
-        return tokens, past, self.kept is not None and self.kept.keep(batch.prefixes, tokens, past)
+        return tokens, past, self.kept is not None and self.kept.keep(batch.prefixes, tokens, past, self.limits)
 
     def start(self, batch: Batch, part: Part, prefix: Tokens | None, past: Past, is_last: bool) -> tuple[Tokens, Past]:
         """The rows of a part after their prefixes, and a separate past for them."""

@@ -319,7 +319,10 @@ def _attribution(
         effects[rows] = ((mean - z) * slope).sum(dim=-1)
         baseline[rows] = logprobs.detach().cpu()
 
-    map_rows(engine, [[row] for row in ids], work)
+    longest = max(map(len, ids))
+    # Without a past to continue, the graph is that of whole rows.
+    run = 1 if engine.limits.shares_prefixes else longest
+    map_rows(engine, [[row] for row in ids], work, max_rows=engine.limits.graph_rows(longest, run=run))
     return effects[:, [slot for slot, _ in slots], [head for _, head in slots]], baseline
 
 

@@ -197,7 +197,12 @@ class Trainer:
             right[numbers, columns] = is_right.cpu()
 
         width = examples.reach
-        most = min(GRAPH_POSITIONS // width, GRAPH_LOGITS // (engine.info.d_vocab * examples.n_logits))
+        longest = max(len(examples.rows[i]) for i in prompts)
+        most = min(
+            GRAPH_POSITIONS // width,
+            GRAPH_LOGITS // (engine.info.d_vocab * examples.n_logits),
+            engine.limits.graph_rows(longest, run=width, n_logits=examples.n_logits),
+        )
         map_rows(
             engine,
             [[examples.rows[i]] * k for i in prompts],
