@@ -40,7 +40,7 @@ from tv_lens.engines.hooks import reader, writer
 from tv_lens.engines.planning import Limits, padded
 from tv_lens.errors import EngineError, TvLensError, UnsupportedError, warn
 
-_CAPABILITIES = frozenset(Capability)
+_CAPABILITIES = frozenset(Capability) - {Capability.BATCHED_ANSWERS}
 
 # How far a padded row may be from the same row alone, as a share of the activation's length.
 _TOLERANCE = {"float64": 1e-3, "float32": 1e-3}
