@@ -116,7 +116,7 @@ class LensServer:
         if body.get("return_token_ids"):
             choice |= {"token_ids": new, "prompt_token_ids": ids}
         if body.get("logprobs") is not None:
-            top = {f"token_id:{i}": value for i, value in enumerate(logprobs.tolist())}
+            top = {f"token_id:{i}": float(logprobs[i]) for i in logprobs.argsort(descending=True)[: body["logprobs"]]}
             choice["logprobs"] = {"tokens": [], "top_logprobs": [top]}
         answer: dict[str, Any] = {"object": "text_completion", "model": "tiny", "choices": [choice]}
         if wanted is not None and not self.faults.without_plugin:
@@ -130,7 +130,9 @@ class LensServer:
         new: list[int] = []
         first = torch.zeros(0)
         while True:
-            logits, states = self.run(ids + new, writes)
+            # As in the plug-in, an addition at the first position is repeated at every new token.
+            again = [(layer, len(ids) + i, row) for layer, at, row in writes if at == 0 for i in range(len(new))]
+            logits, states = self.run(ids + new, writes + again)
             first = first if new else logits.log_softmax(-1)
             new.append(int(logits.argmax()))
             ends = new[-1] in body["stop_token_ids"] or any(

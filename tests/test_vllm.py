@@ -341,7 +341,7 @@ def test_what_a_server_cannot_do_is_refused_before_anything_runs(fake: tuple[Len
         assert capability not in engine.capabilities
     vectors = tv.TaskVectors(torch.zeros(1, 4, 128), engine.name, "t")
     with pytest.raises(tv.UnsupportedError, match="its unembedding cannot be reached"):
-        tv.top_tokens(engine, vectors)
+        tv.top_tokens(engine, vectors, 1)
     with pytest.raises(tv.UnsupportedError, match="gives no access to heads; it has resid_post"):
         tv.read_heads(engine, PROMPTS)
     with pytest.raises(tv.TvLensError, match="row 1 has 1 tokens, so there is none at position -2"):

@@ -64,6 +64,18 @@ class _Row:
     def lowest(self) -> int | None:
         return next(iter(self.edits), None)
 
+    @property
+    def is_written_at_start(self) -> bool:
+        return any(len(self.ids) + edit.position == 0 for edits in self.edits.values() for edit in edits)
+
+    def then(self, new: Sequence[int]) -> _Row:
+        """The row with more tokens, and its edits where they were."""
+        moved = {
+            layer: [replace(edit, position=edit.position - len(new)) for edit in edits]
+            for layer, edits in self.edits.items()
+        }
+        return _Row(self.ids + tuple(new), moved)
+
 
 class VLLMEngine(StatelessEngine):
     """A model on a running server: `vllm serve MODEL` with vllm-lens. `vllm_engine` makes one; its options are there.
@@ -138,7 +150,7 @@ class VLLMEngine(StatelessEngine):
         rows = tokens.rows()
 
         def request(row: int) -> Request:
-            return Request(tuple(rows[row]), self._salt, layers=layers, logprobs=bool(logits))
+            return Request(tuple(rows[row]), self._salt, layers=layers, logprobs=self.info.d_vocab if logits else 0)
 
         replies = self._replies(self._rows(rows, edits), request)
         return Pass(
@@ -218,10 +230,13 @@ class VLLMEngine(StatelessEngine):
         """The reply to one row, its edits made."""
         if not row.edits:
             return self.server.complete(self.served.name, request)
+        if request.max_new_tokens > 1 and row.is_written_at_start:
+            return self._reply_by_token(row, request)
         additions: list[Addition] = []
         written: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, edits in row.edits.items():
-            before = (unpatched if not additions else self._with(row.ids, additions, layer))[layer].float()
+            known = unpatched if layer in unpatched and not additions else self._with(row.ids, additions, layer)
+            before = known[layer].float()
             after = writer(edits, len(row.ids), self.info.d_head)(before[None])[0]
             written[layer] = before, after
             positions = tuple(sorted({len(row.ids) + edit.position for edit in edits}))
@@ -233,6 +248,18 @@ class VLLMEngine(StatelessEngine):
         for layer, (before, after) in written.items():
             self._check(row, layer, before, after, reply.residuals[layer])
         return reply
+
+    def _reply_by_token(self, row: _Row, request: Request) -> Reply:
+        """The reply to one row that is sent again for each token: the plug-in repeats what is added at the first
+        position at every token that it generates.
+        """
+        new: list[int] = []
+        while len(new) < request.max_new_tokens:
+            one = replace(request, ids=row.ids + tuple(new), max_new_tokens=1)
+            new += self._reply(row.then(new), one, {}).ids
+            if new[-1] in request.stop.ids or (request.stop.text and request.stop.text in self.text.decode(new)):
+                break
+        return Reply(new)
 
     def _with(self, ids: Ids, additions: Sequence[Addition], layer: int) -> dict[int, Tensor]:
         """What is in a layer after the additions below it."""

@@ -43,8 +43,8 @@ class Request:
     """One row.
 
     `layers` come back, at every position. `salt` names the part of the server's prefix cache that the row may use:
-    rows with additions need a salt that no other row has. `logprobs` asks for those of the whole vocabulary after the
-    first new token. An answer ends at one of the stop's ids, or at its text.
+    rows with additions need a salt that no other row has. `logprobs` is of how many tokens, the most likely ones, the
+    log-probability of being the first new token comes back. An answer ends at one of the stop's ids, or at its text.
     """
 
     ids: tuple[int, ...]
@@ -53,7 +53,7 @@ class Request:
     stop: Stop = Stop()
     layers: tuple[int, ...] = ()
     additions: tuple[Addition, ...] = ()
-    logprobs: bool = False
+    logprobs: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +203,8 @@ def _body(model: str, request: Request) -> dict[str, Any]:
         "cache_salt": request.salt,
     }
     if request.logprobs:
-        body |= {"logprobs": -1, "return_tokens_as_token_ids": True}
+        # -1 should mean all, and vLLM 0.30 then returns none.
+        body |= {"logprobs": request.logprobs, "return_tokens_as_token_ids": True}
     options = {}
     if request.layers:
         options["output_residual_stream"] = json.dumps(sorted(request.layers))
