@@ -1,5 +1,5 @@
-"""A server for tests that speaks as `vllm serve` with vllm-lens 1.3 does: plain Hugging Face with plain hooks, one row at
-a time. Its names were written down from the plug-in's source (`_helpers/types.py`, `_helpers/_serialize.py`).
+"""A server for tests that speaks as `vllm serve` with vllm-lens 1.3 does: plain Hugging Face with plain hooks, one row
+at a time. Its names were written down from the plug-in's source (`_helpers/types.py`, `_helpers/_serialize.py`).
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +22,7 @@ from torch import Tensor
 @dataclass
 class Faults:
     """What goes wrong: so many requests get no answer, additions are ignored or are made somewhere else for so many
-    rows, the plug-in is not there, log-probabilities are few, or the server is down after so many requests.
+    rows, the plug-in is not there, log-probabilities are few, or the server is down from when `is_down()` is true.
     """
 
     unanswered: int = 0
@@ -30,7 +30,7 @@ class Faults:
     moved: int = 0
     without_plugin: bool = False
     few_logprobs: bool = False
-    dies_after: int | None = None
+    is_down: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -65,9 +65,8 @@ class LensServer:
                     server.bodies.append(body)
                     server.at_once += 1
                     server.most_at_once = max(server.most_at_once, server.at_once)
-                    is_down = faults.dies_after is not None and len(server.bodies) > faults.dies_after
                     faults.unanswered -= 1
-                    is_silent = is_down or faults.unanswered >= 0
+                    is_silent = faults.is_down() or faults.unanswered >= 0
                 try:
                     if is_silent:
                         self.close_connection = True
@@ -102,7 +101,8 @@ class LensServer:
 
     def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         ids, options = list(body["prompt"]), body.get("vllm_xargs") or {}
-        assert body["temperature"] == 0 and body["cache_salt"] and all(isinstance(v, str) for v in options.values())
+        assert body["temperature"] == 0
+        assert all(isinstance(each, str) for each in (body["cache_salt"], *options.values()))
         if body.get("logprobs") is not None and self.faults.few_logprobs:
             text = "Requested sample logprobs of 320, which is greater than max allowed: 20"
             return 400, {"error": {"message": text, "type": "BadRequestError", "code": 400}}
@@ -150,7 +150,7 @@ class LensServer:
         self.faults.moved -= moves
         writes = []
         for vector in steering:
-            assert not vector["norm_match"] and len(vector["layer_indices"]) == len(deserialized(vector["activations"]))
+            assert not vector["norm_match"]
             for layer, rows in zip(vector["layer_indices"], deserialized(vector["activations"]), strict=True):
                 for position, row in zip(vector["position_indices"], rows, strict=True):
                     writes.append((layer, position - moves, row * vector["scale"]))

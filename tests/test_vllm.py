@@ -19,9 +19,10 @@ import httpx
 import pytest
 import torch
 from lens_server import LensServer, serialized
-from models import Twins, ids_of, make_tokenizer, make_twins
+from models import Twins, make_tokenizer, make_twins
 from oracle import plain_generate, plain_run, until_end
 from passes import tokens_of
+from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
 from tv_lens.engines import Capability, Stop
@@ -32,7 +33,8 @@ WORDS = tv.Task.from_mapping("upper", {word: word.upper() for word in ("a", "hot
 NEVER = tv.Template("{input} -> {output}", separator="\n\n\n\n")
 PROMPTS = WORDS.sample(4, shots=2, seed=0, template=NEVER)
 SUBSTITUTES = WORDS.substitutes(PROMPTS, 2, seed=0)
-OPTIONS: dict[str, Any] = {"progress": False, "retries": 1}
+OPTIONS: dict[str, Any] = {"progress": False, "retries": 1, "in_flight": 8}
+TASKS = [WORDS, tv.Task("copy", WORDS.inputs, str)]
 SMALL: dict[str, Any] = {"shots": 1, "n_dev": 2, "n_test": 2, "max_new_tokens": 2, "substitutes": 1}
 
 
@@ -57,7 +59,7 @@ def saved(folder: Path) -> Twins:
 
 
 def local_of(folder: Path) -> tv.LocalEngine:
-    return tv.LocalEngine(tv.engines.bridge.TransformerBridge.boot_transformers(str(folder), device="cpu"))
+    return tv.LocalEngine(TransformerBridge.boot_transformers(str(folder), device="cpu"), progress=False)
 
 
 @contextmanager
@@ -127,11 +129,13 @@ def test_every_verb_gives_what_a_local_model_gives(pair: Pair) -> None:
     for layer in (0, [3, 2, 1, 0]):
         actual, wanted = (tv.patched_logits(each, PROMPTS, expected, layer) for each in (served, local))
         torch.testing.assert_close(actual.log_softmax(-1), wanted.log_softmax(-1), atol=1e-4, rtol=0)
-        written, again = (tv.patch_generate(each, PROMPTS, expected, layer) for each in (served, local))
+        written, again = (
+            tv.patch_generate(each, PROMPTS, expected, layer, max_new_tokens=4) for each in (served, local)
+        )
         assert torch.equal(written.tokens, again.tokens)
     assert torch.equal(tv.generate(served, PROMPTS).tokens, tv.generate(local, PROMPTS).tokens)
     sampler = tv.sample(temperature=2.0, seed=1)
-    drawn, wanted_draw = (tv.generate(each, PROMPTS, sampler=sampler) for each in (served, local))
+    drawn, wanted_draw = (tv.generate(each, PROMPTS, sampler=sampler, max_new_tokens=2) for each in (served, local))
     assert drawn.texts == wanted_draw.texts
     swept, wanted_sweep = (
         tv.sweep_layers(each, WORDS, PROMPTS, expected, max_new_tokens=3) for each in (served, local)
@@ -142,11 +146,16 @@ def test_every_verb_gives_what_a_local_model_gives(pair: Pair) -> None:
     assert seen == wanted_seen
 
 
-def test_a_whole_experiment_is_the_same(pair: Pair) -> None:
-    served, local = (tv.run_experiment(each, [WORDS], **SMALL) for each in (pair.engine(), pair.local))
+@pytest.fixture(scope="module")
+def expected(model: tuple[Twins, tv.LocalEngine]) -> tv.Experiment:
+    return tv.run_experiment(model[1], TASKS, **SMALL)
+
+
+def test_a_whole_experiment_is_the_same(pair: Pair, expected: tv.Experiment) -> None:
+    served = tv.run_experiment(pair.engine(), TASKS, **SMALL)
     assert served.settings["engine"] == "VLLMEngine"
-    assert [each.sweep for each in served.results] == [each.sweep for each in local.results]
-    assert [each.evaluation for each in served.results] == [each.evaluation for each in local.results]
+    assert [each.sweep for each in served.results] == [each.sweep for each in expected.results]
+    assert [each.evaluation for each in served.results] == [each.evaluation for each in expected.results]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +270,8 @@ def test_rows_are_sent_together_and_unpatched_ones_once(fake: tuple[LensServer, 
     assert len(set(salts)) == len(salts) == 4 * len(PROMPTS)
     assert len(others) == 1
     sent = "".join(map(str, server.bodies))
-    assert "pickle" not in sent and "apply_hooks" not in sent
+    assert "pickle" not in sent
+    assert "apply_hooks" not in sent
 
 
 def test_an_edit_that_was_not_made_is_tried_again_and_then_an_error(fake: tuple[LensServer, Pair]) -> None:
@@ -288,23 +298,19 @@ def test_rows_without_an_answer_are_sent_again(fake: tuple[LensServer, Pair]) ->
 
 
 def test_a_server_that_dies_in_a_run_is_an_error_and_the_run_resumes(
-    fake: tuple[LensServer, Pair], tmp_path: Path
+    fake: tuple[LensServer, Pair], expected: tv.Experiment, tmp_path: Path
 ) -> None:
     server, pair = fake
-    tasks = [WORDS, tv.Task("copy", WORDS.inputs, str)]
-    expected = tv.run_experiment(pair.local, tasks, **SMALL)
-    server.bodies.clear()
-    tv.run_experiment(pair.engine(), tasks, **SMALL)
-    server.faults.dies_after = 7 * len(server.bodies) // 10
-    server.bodies.clear()
+    finished = tmp_path / "run" / "task-upper.json"
+    server.faults.is_down = finished.exists
     engine = pair.engine(retries=0)
     with pytest.raises(tv.EngineError, match="does not answer .*start it again and repeat the call"):
-        tv.run_experiment(engine, tasks, folder=tmp_path / "run", **SMALL)
-    assert [path.name for path in (tmp_path / "run").glob("*.json")].count("task-upper.json") == 1
-    server.faults.dies_after = None
-    server.bodies.clear()
-    again = tv.run_experiment(pair.engine(), tasks, folder=tmp_path / "run", **SMALL)
+        tv.run_experiment(engine, TASKS, folder=tmp_path / "run", **SMALL)
+    written = finished.stat().st_mtime_ns
+    server.faults.is_down = lambda: False
+    again = tv.run_experiment(engine, TASKS, folder=tmp_path / "run", **SMALL)
     assert [each.evaluation for each in again.results] == [each.evaluation for each in expected.results]
+    assert finished.stat().st_mtime_ns == written
 
 
 def test_servers_that_cannot_be_used_say_why(fake: tuple[LensServer, Pair], tmp_path: Path) -> None:
@@ -327,6 +333,8 @@ def test_servers_that_cannot_be_used_say_why(fake: tuple[LensServer, Pair], tmp_
     make_tokenizer().save_pretrained(other)
     with pytest.raises(tv.EngineError, match="runs a model of width 128, and other has 64; pass model="):
         pair.engine(model=str(other))
+    with pytest.raises(tv.TvLensError, match="runs no model called 'huge'; it runs tiny"):
+        pair.engine(served_as="huge")
     with pytest.raises(tv.EngineError, match="does not answer"):
         tv.vllm_engine("http://127.0.0.1:9", retries=0)
     with pytest.raises(tv.TvLensError, match="in_flight is 0"):
@@ -344,8 +352,8 @@ def test_what_a_server_cannot_do_is_refused_before_anything_runs(fake: tuple[Len
         tv.top_tokens(engine, vectors, 1)
     with pytest.raises(tv.UnsupportedError, match="gives no access to heads; it has resid_post"):
         tv.read_heads(engine, PROMPTS)
+    edits = tv.Edits.per_row(torch.zeros(2, 128), torch.tensor([0, 0]), position=-2)
     with pytest.raises(tv.TvLensError, match="row 1 has 1 tokens, so there is none at position -2"):
-        edits = tv.Edits.per_row(torch.zeros(2, 128), torch.tensor([0, 0]), position=-2)
         engine.answers([[1, 2], [3]], edits, max_new_tokens=1, stops=[Stop(), Stop()])
     assert not server.bodies
     with pytest.raises(tv.UnsupportedError, match="cannot answer many rows in one call"):

@@ -260,7 +260,9 @@ def answer(  # noqa: PLR0913 - its options are keywords
     edits = conditions[0] if k == 1 else Edits.interleave(conditions)
 
     if takes_all_rows(engine, edits, sampler):
-        begun = [Answer(each, stops[each.template], keys[i], i, decided) for i, each in enumerate(prompts) for _ in range(k)]
+        begun = [
+            Answer(each, stops[each.template], keys[i], i, decided) for i, each in enumerate(prompts) for _ in range(k)
+        ]
         answer_at_once(engine, begun, [row for row in ids for _ in range(k)], edits, max_new_tokens)
         return [begun[j::k] for j in range(k)]
 
@@ -286,7 +288,7 @@ def answer_at_once(
     """Let the engine answer all rows in one call.
 
     Raises:
-        EngineError: an answer that ends before its end.
+        EngineError: an answer that stops too early.
     """
     chosen = engine.answers(ids, edits, max_new_tokens=max_new_tokens, stops=[row.stop for row in begun])
     for row, tokens in zip(begun, chosen, strict=True):

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tv_lens.edits import RESID_POST, Edit, Edits, Site
+from tv_lens.edits import Edit, Edits, Site
 from tv_lens.engines.base import Capability, Pass, StatelessEngine, Tokens
 from tv_lens.engines.bridge import BridgeCodec, info_of
 from tv_lens.engines.drivers import described
@@ -49,7 +49,7 @@ _NO_READOUT = (
 _KEPT_NUMBERS = 2**27
 
 
-class _NotWritten(EngineError):
+class _WriteError(EngineError):
     """A row in which a write was not made, or was made somewhere else."""
 
 
@@ -203,9 +203,7 @@ class VLLMEngine(StatelessEngine):
                 by_row[number].setdefault(edit.layer, []).append(one)
         return [_Row(tuple(ids), own) for ids, own in zip(rows, by_row, strict=True)]
 
-    def _replies(
-        self, rows: Sequence[_Row], request: Callable[[int], Request], *, shown: bool = False
-    ) -> list[Reply]:
+    def _replies(self, rows: Sequence[_Row], request: Callable[[int], Request], *, shown: bool = False) -> list[Reply]:
         """The server's replies to all rows, with the writes checked."""
         replies: dict[int, Reply] = {}
         with progress_bar(self, len(rows), shown=shown) as bar:
@@ -215,7 +213,7 @@ class VLLMEngine(StatelessEngine):
                 def reply(i: int, clean: Mapping[Ids, Mapping[int, Tensor]] = unpatched) -> Reply | None:
                     try:
                         return self._reply(rows[i], request(i), clean.get(rows[i].ids, {}))
-                    except _NotWritten:
+                    except _WriteError:
                         return None
 
                 done = self._each(reply, chunk, bar)
@@ -281,7 +279,7 @@ class VLLMEngine(StatelessEngine):
         if bool(close.all()) and bool((share.abs() < 0.5).all()):
             return
         wrong = ((~close) | (share.abs() >= 0.5).any(dim=-1)).nonzero().flatten().tolist()
-        raise _NotWritten(
+        raise _WriteError(
             f"{self.name}: a write into layer {layer} of a row of {len(row.ids)} tokens was not made as it was asked "
             f"for (positions {wrong[:10]} hold something else); the server may have split the prompt: start it with "
             "--no-enable-chunked-prefill, or use a smaller in_flight"

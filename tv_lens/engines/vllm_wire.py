@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ _DTYPES = {"torch.float32": torch.float32, "torch.float16": torch.float16, "torc
 # What a server answers while it is busy, starting or being restarted.
 _BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 30.0
+NO_STOP = Stop()
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Request:
     ids: tuple[int, ...]
     salt: str
     max_new_tokens: int = 1
-    stop: Stop = Stop()
+    stop: Stop = NO_STOP
     layers: tuple[int, ...] = ()
     additions: tuple[Addition, ...] = ()
     logprobs: int = 0
@@ -103,7 +104,10 @@ class Server:
             EngineError: no answer.
         """
         models = self._send("GET", "/v1/models")["data"]
-        chosen = next((each for each in models if name is None or name in (each["id"], each.get("root"))), models[0])
+        chosen = next((each for each in models if name in (None, each["id"])), None)
+        if chosen is None:
+            names = ", ".join(each["id"] for each in models)
+            raise TvLensError(f"the server at {self.url} runs no model called {name!r}; it runs {names}")
         return Served(chosen["id"], chosen.get("root") or chosen["id"], int(chosen["max_model_len"]))
 
     def complete(self, model: str, request: Request) -> Reply:
