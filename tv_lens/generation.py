@@ -297,8 +297,8 @@ def answer_at_once(
                 row.append(engine, token)
         if not row.ended and len(row.ids) != max_new_tokens:
             raise EngineError(
-                f"{engine.name}: the answer to prompt {row.number} has {len(row.ids)} of {max_new_tokens} tokens and no "
-                f"end: {row.text!r:.60}"
+                f"{engine.name}: the answer to prompt {row.number} has {len(row.ids)} of {max_new_tokens} tokens and "
+                f"does not end there: {row.text!r:.60}"
             )
 
 

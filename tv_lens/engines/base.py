@@ -290,7 +290,7 @@ class StatelessEngine(Engine):
     """An engine that keeps no cache. A subclass defines `run`, which gets whole rows at every step."""
 
     def require_plain(self, *, logits: bool | int, grad: bool) -> None:
-        """Raise UnsupportedError if a pass needs gradients or logits after several positions, which the engine lacks."""
+        """Raise UnsupportedError if gradients or logits after several positions are asked for, and there are none."""
         if grad:
             self.require(Capability.GRADIENTS)
         if not isinstance(logits, bool):
