@@ -22,7 +22,7 @@ from .edits import (
     overwrite,
     rotate,
 )
-from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for
+from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for, vllm_engine
 from .errors import EngineError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
 from .evidence.comparing import compare
 from .evidence.comparisons import Comparison
@@ -205,6 +205,7 @@ __all__ = [
     "sweep_layers",
     "top_tokens",
     "tsne",
+    "vllm_engine",
     "without_demonstrations",
     "zero_shot",
 ]

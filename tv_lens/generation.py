@@ -268,6 +268,14 @@ def answer(  # noqa: PLR0913 - its options are keywords
     stops = {prompt.template: engine.text.stop_of(prompt) for prompt in prompts}
     keys = row_keys([prompt.text for prompt in prompts])
     answers: dict[int, Answer] = {}
+    edits = conditions[0] if k == 1 else Edits.interleave(conditions)
+
+    if takes_all_rows(engine, edits, sampler):
+        begun = [
+            Answer(each, stops[each.template], keys[i], i, decided) for i, each in enumerate(prompts) for _ in range(k)
+        ]
+        answer_at_once(engine, begun, [row for row in ids for _ in range(k)], edits, max_new_tokens)
+        return [begun[j::k] for j in range(k)]
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
         numbers = [row // k for row in rows]
@@ -275,9 +283,34 @@ def answer(  # noqa: PLR0913 - its options are keywords
         decode(engine, tokens, past, edits, begun, max_new_tokens, sampler)
         answers.update(zip(rows, begun, strict=True))
 
-    edits = conditions[0] if k == 1 else Edits.interleave(conditions)
     map_rows(engine, [[row] * k for row in ids], work, edits=edits, new_tokens=max_new_tokens - 1, kept=kept)
     return [[answers[i * k + j] for i in range(len(prompts))] for j in range(k)]
+
+
+def takes_all_rows(engine: Engine, edits: Edits, sampler: Sampler) -> bool:
+    """Whether the engine can answer all rows in one call."""
+    is_able = Capability.BATCHED_ANSWERS in engine.capabilities
+    return is_able and sampler is greedy and not any(edit.every_step for edit in edits)
+
+
+def answer_at_once(
+    engine: Engine, begun: Sequence[Answer], ids: Sequence[Sequence[int]], edits: Edits, max_new_tokens: int
+) -> None:
+    """Let the engine answer all rows in one call.
+
+    Raises:
+        EngineError: an answer that stops too early.
+    """
+    chosen = engine.answers(ids, edits, max_new_tokens=max_new_tokens, stops=[row.stop for row in begun])
+    for row, tokens in zip(begun, chosen, strict=True):
+        for token in tokens:
+            if not row.ended:
+                row.append(engine, token)
+        if not row.ended and len(row.ids) != max_new_tokens:
+            raise EngineError(
+                f"{engine.name}: the answer to prompt {row.number} has {len(row.ids)} of {max_new_tokens} tokens and "
+                f"does not end there: {row.text!r:.60}"
+            )
 
 
 def decode(

@@ -18,6 +18,7 @@ from tv_lens.engines.planning import Limits
 from tv_lens.engines.reading import LastTokens, Reads, Wanted, sharing_reads
 from tv_lens.engines.remote import RemoteEngine
 from tv_lens.engines.running import Prefixes, map_rows, progress_bar
+from tv_lens.engines.serving import vllm_engine
 from tv_lens.engines.text import ModelInfo, Stop, TextCodec
 from tv_lens.errors import UnsupportedError
 
@@ -45,6 +46,7 @@ __all__ = [
     "map_rows",
     "progress_bar",
     "sharing_reads",
+    "vllm_engine",
 ]
 
 # What public functions take as `model`: a bridge, or an engine to control batch size and BOS.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tv_lens.edits import RESID_POST, Edits, Site
 from tv_lens.engines.planning import Limits
-from tv_lens.engines.text import ModelInfo, TextCodec
+from tv_lens.engines.text import ModelInfo, Stop, TextCodec
 from tv_lens.errors import TvLensError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Capability(Enum):
     GRADIENTS = "give gradients"
     READOUT = "read vectors through the model's unembedding"
     PROJECT = "project the outputs of attention heads into the residual stream"
+    BATCHED_ANSWERS = "answer many rows in one call"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,11 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def rows(self) -> list[list[int]]:
+        """The ids of each row, without its pads."""
+        own = self.mask[:, self.mask.shape[1] - self.ids.shape[1] :].bool()
+        return [ids[seen].tolist() for ids, seen in zip(self.ids, own, strict=True)]
 
     def then(self, chosen: Int[Tensor, " batch"]) -> Tokens:
         """The next step: one chosen token per row, after everything seen so far."""
@@ -164,6 +170,15 @@ class Engine(ABC):
     def select(self, past: Past, rows: Sequence[int]) -> Past | None:
         """The past of only these rows, for which `past` is consumed; None if it cannot be taken apart."""
         raise UnsupportedError(self.cannot(Capability.CONTINUE))
+
+    def answers(
+        self, rows: Sequence[Sequence[int]], edits: Edits, *, max_new_tokens: int, stops: Sequence[Stop]
+    ) -> list[list[int]]:
+        """The most likely continuation of every row, its ids up to the first that ends it: one of `info.end_ids` or of
+        the row's stop, or the one that completes its text. For engines that batch rows themselves; they get all rows of
+        a sweep or an evaluation at once. No edit is made at every step.
+        """
+        raise UnsupportedError(self.cannot(Capability.BATCHED_ANSWERS))
 
     def readout(
         self, vectors: Float[Tensor, "batch d_model"], k: int
@@ -273,6 +288,13 @@ class Replay:
 
 class StatelessEngine(Engine):
     """An engine that keeps no cache. A subclass defines `run`, which gets whole rows at every step."""
+
+    def require_plain(self, *, logits: bool | int, grad: bool) -> None:
+        """Raise UnsupportedError if gradients or logits after several positions are asked for, and there are none."""
+        if grad:
+            self.require(Capability.GRADIENTS)
+        if not isinstance(logits, bool):
+            self.require(Capability.LOGITS)
 
     @abstractmethod
     def run(

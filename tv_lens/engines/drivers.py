@@ -17,11 +17,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import RemoteBridge, TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf, configure_tokenizer
+from transformer_lens.model_bridge.sources._driver_base import DriverBase
+from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
 from transformer_lens.model_bridge.sources.inspect.driver import InspectDriver
 from transformer_lens.model_bridge.sources.vllm.driver import VLLMDriver
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 # What is remembered about a model
 
@@ -298,6 +303,32 @@ def _vllm_facts(driver: VLLMDriver, n_ctx: int) -> RemoteFacts:
     can_patch = driver._enable_position_interventions
     reason = "" if can_patch else "was booted without enable_position_interventions=True"
     return RemoteFacts(n_ctx, ends, bool(driver._enable_batching), reason, False)
+
+
+class _NoDriver(DriverBase):
+    """For a bridge that knows its model's configuration and tokenizer, and runs nothing."""
+
+    supported_hook_points = frozenset({"embed.hook_out"})  # a RemoteBridge refuses a driver without any
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        raise NotImplementedError("this bridge only describes its model")
+
+
+def described(name: str) -> tuple[RemoteBridge, frozenset[int]]:
+    """A bridge of the model's configuration and tokenizer, set up as `boot_transformers` sets them up but without any
+    weights, and the ids that its generation configuration ends a text with.
+    """
+    config = AutoConfig.from_pretrained(name)
+    architecture = determine_architecture_from_hf_config(config)
+    settings = build_bridge_config_from_hf(config, architecture, name, torch.float32)
+    adapter = ArchitectureAdapterFactory.select_architecture_adapter(settings)
+    tokenizer = configure_tokenizer(AutoTokenizer.from_pretrained(name), adapter.cfg)
+    bridge = RemoteBridge(adapter, tokenizer, _NoDriver(adapter.cfg, tokenizer))
+    try:
+        generation = GenerationConfig.from_pretrained(name)
+    except OSError:  # a model need not have one
+        generation = GenerationConfig.from_model_config(config)
+    return bridge, ids_of(generation.eos_token_id)
 
 
 def ids_of(value: int | Sequence[int] | None) -> frozenset[int]:

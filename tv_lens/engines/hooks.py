@@ -121,6 +121,16 @@ def reader(
     return read
 
 
+def weighted(
+    row: Float[Tensor, "layer pos width"], weights: Float[Tensor, "*sum window"] | None
+) -> Float[Tensor, "layer *sum width"]:
+    """The last position of one whole row, or weighted sums of its last ones."""
+    if weights is None:
+        return row[:, -1]
+    window = min(weights.shape[-1], row.shape[1])
+    return einsum(weights[..., -window:], row[:, -window:], "... pos, layer pos width -> layer ... width")
+
+
 def _steps(edits: Sequence[Edit], width: int) -> list[_Step]:
     """The edits in order, neighbors of one kind joined."""
     joined: list[list[_Step]] = []

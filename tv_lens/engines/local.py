@@ -42,7 +42,7 @@ from tv_lens.engines.planning import Limits, padded
 from tv_lens.engines.quantized import compute_dtype, noting_lost_gradients, packed_modules
 from tv_lens.errors import EngineError, TvLensError, UnsupportedError, warn
 
-_CAPABILITIES = frozenset(Capability)
+_CAPABILITIES = frozenset(Capability) - {Capability.BATCHED_ANSWERS}
 
 # How far a padded row may be from the same row alone, as a share of the activation's length. Quantized models count
 # as half precision: some round activations too, and then by the largest one of the whole batch.

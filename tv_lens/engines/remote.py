@@ -19,6 +19,7 @@ from tv_lens.edits import ATTN_OUT, MLP_OUT, RESID_POST, Edit, Edits, Site
 from tv_lens.engines.base import Capability, Pass, StatelessEngine, Tokens
 from tv_lens.engines.bridge import BridgeCodec, check_batch_size, info_of
 from tv_lens.engines.drivers import remote_facts
+from tv_lens.engines.hooks import weighted
 from tv_lens.engines.planning import Limits
 from tv_lens.errors import EngineError, UnsupportedError
 
@@ -96,12 +97,9 @@ class RemoteEngine(StatelessEngine):
         grad: bool,
     ) -> Pass:
         """Send whole rows, with all edits made in them so far."""
-        if grad:
-            self.require(Capability.GRADIENTS)
-        if not isinstance(logits, bool):
-            self.require(Capability.LOGITS)
+        self.require_plain(logits=logits, grad=grad)
         tokens.check_positions(edits)
-        rows = [ids[seen.bool()].tolist() for ids, seen in zip(tokens.ids, tokens.mask, strict=True)]
+        rows = tokens.rows()
         together = self._facts.batches and not edits
         batches = [list(range(len(rows)))] if together else [[row] for row in range(len(rows))]
         passes = [self._send([rows[i] for i in batch], edits.keep(batch), read, logits) for batch in batches]
@@ -139,11 +137,7 @@ class RemoteEngine(StatelessEngine):
         stacked = []
         for i, captured in enumerate(rows):
             layers = torch.stack([captured[name] for name in self._hooks[site].values()])  # layer pos width
-            if weights is None:
-                stacked.append(layers[:, -1])
-                continue
-            window = min(weights.shape[-1], layers.shape[1])
-            stacked.append(torch.einsum("...p,lpd->l...d", weights[i, ..., -window:], layers[:, -window:]))
+            stacked.append(weighted(layers, None if weights is None else weights[i]))
         return torch.stack(stacked)
 
     def _specs(self, edits: Edits, length: int) -> dict[str, dict[str, Any]]:
