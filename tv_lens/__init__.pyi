@@ -21,7 +21,7 @@ from .edits import (
     rotate,
 )
 from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for
-from .errors import EngineError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
+from .errors import EngineError, GridError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
 from .evidence.comparing import compare
 from .evidence.comparisons import Comparison
 from .evidence.conditions import (
@@ -35,7 +35,7 @@ from .evidence.conditions import (
 )
 from .evidence.controls import Control, OtherTask, RandomDirection, RandomHeads, ShuffledDemonstrations
 from .evidence.evaluation import conflict, evaluate, sweep_layers
-from .evidence.experiments import run_experiment
+from .evidence.experimenting import run_experiment
 from .evidence.results import (
     Choice,
     Conditions,
@@ -105,6 +105,7 @@ __all__ = [
     "FewShot",
     "FreeText",
     "FunctionVector",
+    "GridError",
     "Head",
     "HeadEffects",
     "InContextVector",
