@@ -51,13 +51,14 @@ TASKS = (
 )
 OPTIONS: dict[str, Any] = {
     "shots": 2,
-    "n_train": 3,
-    "n_dev": 3,
-    "n_test": 4,
-    "max_new_tokens": 2,
+    "n_train": 2,
+    "n_dev": 2,
+    "n_test": 3,
+    "max_new_tokens": 1,
     "strengths": (1.0,),
     "layers": (0, 2),
-    "controls": (tv.RandomDirection(), tv.OtherTask()),
+    "controls": (tv.OtherTask(),),
+    "conditions": (),
     "seeds": (0, 4),
 }
 
