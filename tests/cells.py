@@ -56,7 +56,7 @@ OPTIONS: dict[str, Any] = {
     "n_test": 3,
     "max_new_tokens": 1,
     "strengths": (1.0,),
-    "layers": (0, 2),
+    "layers": (2,),
     "controls": (tv.OtherTask(),),
     "conditions": (),
     "seeds": (0, 4),
