@@ -57,8 +57,8 @@ def run(executor: Executor, folder: Path, **options: Any) -> tv.Comparison:
 def assert_same(actual: tv.Comparison, expected: tv.Comparison) -> None:
     """The same table and results; the methods differ in the folder that they are watched from."""
     assert [each.results for each in actual.experiments] == [each.results for each in expected.experiments]
-    measured = [each.estimates().drop(columns="seconds") for each in (actual, expected)]
-    pd.testing.assert_frame_equal(*measured)
+    tables = [each.estimates().drop(columns="seconds") for each in (actual, expected)]
+    pd.testing.assert_frame_equal(tables[0], tables[1])
 
 
 def calls(folder: Path) -> Counter[str]:
@@ -101,7 +101,8 @@ def test_a_grid_equals_one_process(
 
 
 def test_one_process_resumes_what_a_grid_has_begun(threads: Executor, tmp_path: Path) -> None:
-    options = {"shots": 2, "n_dev": 3, "n_test": 3, "max_new_tokens": 1, "layers": [1], "folder": tmp_path / "run"}
+    options: dict[str, Any] = {"shots": 2, "n_dev": 3, "n_test": 3, "max_new_tokens": 1, "layers": [1]}
+    options["folder"] = tmp_path / "run"
     actual = tv.run_experiment(cells.boot, cells.TASKS, executor=threads, **options)
     for path in [*tmp_path.glob("run/*double*"), *tmp_path.glob("run/*upper.json")]:
         path.unlink()

@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import bridge_core
 
 import tv_lens as tv
 from tv_lens import files
-from tv_lens.evidence import experiments
+from tv_lens.evidence import experiments, tuning
 from tv_lens.vector_files import read_notes
 
 __all__ = ["touched"]  # a fixture
@@ -227,7 +227,7 @@ def test_what_vectors_cost_survives_an_interrupt(llama: Twins, tmp_path: Path, m
     """The run stops after all vectors, before the first result."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(experiments, "tune", interrupting(experiments.tune, 1))
+        patched.setattr(experiments, "tune", interrupting(tuning.tune, 1))
         with pytest.raises(KeyboardInterrupt):
             tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder)
     kept = {task.name: read_notes(folder / f"task-{task.name}.safetensors") for task in TASKS}

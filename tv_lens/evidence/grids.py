@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 from tqdm.auto import tqdm
 
@@ -134,7 +134,7 @@ def _checked(boot: Model | Boot, folder: str | Path | None, executor: Executor) 
         )
     if folder is None:
         raise TvLensError(f"an executor needs folder=, one that all of its workers see, {_SEE_PAGE}")
-    return cast(Boot, boot), Path(folder).absolute()  # workers may run elsewhere
+    return boot, Path(folder).absolute()  # workers may run elsewhere
 
 
 def _run_cells(
@@ -150,8 +150,8 @@ def _run_cells(
                 del waiting[cell]
                 try:
                     running[executor.submit(run_cell, grid, cell)] = cell
-                except RuntimeError as error:  # all workers are gone, or the executor was shut down
-                    failed[cell] = error
+                except RuntimeError as broken:  # all workers are gone, or the executor was shut down
+                    failed[cell] = broken
             if not running:  # what is left needs the vectors of a cell that failed
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
