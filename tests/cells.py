@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from models import make_twins
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -18,7 +17,6 @@ import tv_lens as tv
 
 def boot() -> tv.LocalEngine:
     """A tiny random model."""
-    torch.set_num_threads(1)
     return tv.LocalEngine(model(), progress=False)
 
 

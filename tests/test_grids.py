@@ -21,6 +21,7 @@ from typing import Any
 import cells
 import pandas as pd
 import pytest
+import torch
 
 import tv_lens as tv
 from tv_lens.evidence import grids
@@ -280,3 +281,15 @@ def test_submitit_jobs_are_futures(one_process: tv.Comparison, tmp_path: Path, m
     exec(code, known)
     with known["Jobs"](known["submitit"].AutoExecutor(folder=tmp_path / "jobs", cluster="debug")) as executor:
         assert_same(run(executor, tmp_path, seeds=(0,)), tv.Comparison(one_process.experiments[:1]))
+
+
+def test_the_rest_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What boots a model does, and what needs SLURM can at least be compiled."""
+    assert set(CODE) == {"boot", "pool", "dask", "slurm", "submitit"}
+    monkeypatch.setattr(tv, "demo_model", cells.model)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    known: dict[str, Any] = {}
+    exec(CODE["boot"], known)
+    assert tv.engine_for(known["boot"]()).name == "tiny-llama"
+    for name in ("slurm", "submitit"):
+        compile(CODE[name], name, "exec")
