@@ -20,6 +20,8 @@ from transformer_lens.model_bridge import bridge_core
 
 import tv_lens as tv
 from tv_lens import files
+from tv_lens.evidence import experiments, tuning
+from tv_lens.vector_files import read_notes
 
 __all__ = ["touched"]  # a fixture
 
@@ -219,3 +221,18 @@ def test_a_run_interrupted_at_any_of_its_files_resumes(
                 files.from_json(path.read_bytes())
         assert tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder) == experiment
         assert len(contents(folder)) == whole
+
+
+def test_what_vectors_cost_survives_an_interrupt(llama: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run stops after all vectors, before the first result."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(experiments, "tune", interrupting(tuning.tune, 1))
+        with pytest.raises(KeyboardInterrupt):
+            tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder)
+    kept = {task.name: read_notes(folder / f"task-{task.name}.safetensors") for task in TASKS}
+    assert all(cost["positions"] > 0 and cost["seconds"] > 0 for cost in kept.values())
+    actual = tv.run_experiment(llama.bridge, TASKS, **SMALL, folder=folder)
+    assert {result.task: result.cost for result in actual.results} == {
+        task: tv.Cost(**cost) for task, cost in kept.items()
+    }

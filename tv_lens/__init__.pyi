@@ -23,7 +23,7 @@ from .edits import (
     rotate,
 )
 from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for, vllm_engine
-from .errors import EngineError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
+from .errors import EngineError, GridError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
 from .evidence.comparing import compare
 from .evidence.comparisons import Comparison
 from .evidence.conditions import (
@@ -37,7 +37,7 @@ from .evidence.conditions import (
 )
 from .evidence.controls import Control, OtherTask, RandomDirection, RandomHeads, ShuffledDemonstrations
 from .evidence.evaluation import conflict, evaluate, sweep_layers
-from .evidence.experiments import run_experiment
+from .evidence.experimenting import run_experiment
 from .evidence.results import (
     Choice,
     Conditions,
@@ -108,6 +108,7 @@ __all__ = [
     "FewShot",
     "FreeText",
     "FunctionVector",
+    "GridError",
     "Head",
     "HeadEffects",
     "InContextVector",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 
 
 class TvLensError(ValueError):
@@ -24,6 +25,14 @@ class EngineError(TvLensError, RuntimeError):
 
 class MissingExtraError(TvLensError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
+
+
+class GridError(TvLensError, RuntimeError):
+    """Some cells of a grid failed on their workers. `failures` has the errors, by the cells' names."""
+
+    def __init__(self, message: str, failures: Mapping[str, BaseException] | None = None) -> None:
+        super().__init__(message)
+        self.failures = dict(failures or {})
 
 
 class TvLensWarning(UserWarning):

@@ -74,11 +74,12 @@ class _Header:
     n_heads: int = 0
     heads: tuple[tuple[int, int], ...] = ()
     usage: Usage = field(default_factory=Usage)
+    notes: dict[str, float] = field(default_factory=dict)
     sha256: str | None = None
 
 
-def encode(content: Content) -> bytes:
-    """The file's bytes; the same content always gives the same bytes."""
+def encode(content: Content, notes: Mapping[str, float] | None = None) -> bytes:
+    """The file's bytes; the same content always gives the same bytes. `notes` are read by `read_notes` alone."""
     template = content.provenance.template
     header = {
         "format": FORMAT,
@@ -93,6 +94,8 @@ def encode(content: Content) -> bytes:
         header |= {"n_heads": content.n_heads, "heads": [list(head) for head in content.heads]}
     if content.usage != Usage():
         header["usage"] = asdict(content.usage)
+    if notes:
+        header["notes"] = dict(notes)
     tensors = {name: tensor.contiguous() for name, tensor in {"values": content.values, **content.maps}.items()}
     header["sha256"] = _digest(header, tensors)
     # One entry: safetensors would write several in another order each time.
@@ -152,6 +155,12 @@ def read(path: Path) -> Content:
     heads = tuple(Head(*pair) for pair in header.heads)
     layout = (SITES[header.site], header.op, header.layers, header.n_layers, header.n_heads, heads, header.usage)
     return Content(values, provenance, *layout, maps=maps)
+
+
+def read_notes(path: Path) -> dict[str, float]:
+    """The notes of a file that `read` accepts; empty if there are none."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return _header(from_json(file.metadata()["tv_lens"])).notes
 
 
 def _header(raw: Any) -> _Header:

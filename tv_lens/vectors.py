@@ -426,14 +426,15 @@ class TaskVectors:
             differing["rank"] = self.maps.inward.shape[1]
         return "".join(f", {name} {value}" for name, value in differing.items())
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file with the provenance as JSON in its header, whole or not at all.
+    def save(self, path: str | Path, *, notes: Mapping[str, float] | None = None) -> None:
+        """Write a safetensors file with the provenance as JSON in its header, whole or not at all. `notes` are numbers
+        to keep beside the vectors, such as what making them took; `load` ignores them.
 
         Raises:
             OSError: the folder is missing or cannot be written to.
             TvLensError: a custom prompt format that cannot be saved.
         """
-        write_whole(path, encode(self._content()))
+        write_whole(path, encode(self._content(), notes))
 
     def _content(self) -> Content:
         layout = (self.site, self.op, self.layers, self.n_layers, self.n_heads, self.heads, self.usage)

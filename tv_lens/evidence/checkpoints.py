@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from tv_lens.errors import TvLensError
-from tv_lens.evidence.results import Cost, TaskResult
+from tv_lens.evidence.results import Cost, Experiment, TaskResult
 from tv_lens.evidence.settings import Settings
-from tv_lens.files import from_typed_json, to_json, write_whole
+from tv_lens.files import from_typed_json, to_json, typed, write_whole
+from tv_lens.vector_files import read_notes
 from tv_lens.vectors import TaskVectors
 
 
 class Checkpoints:
-    """What a run has so far, in memory and in its folder, if it has one.
+    """What a run has so far, in memory and in its folder, if it has one. Only the files of `tasks` are read, by default
+    those of all tasks. Several runs with the same settings may share a folder: each file is written whole, and two of
+    one name hold the same.
 
     Raises:
         TvLensError: the folder holds a run with other settings, something else, or a damaged file.
     """
 
-    def __init__(self, folder: Path | None, settings: Settings) -> None:
+    def __init__(self, folder: Path | None, settings: Settings, tasks: Sequence[str] | None = None) -> None:
         self.folder, self.settings = folder, settings
         self.results: dict[tuple[str, str], TaskResult] = {}
         self.vectors: dict[tuple[str, str], TaskVectors] = {}
@@ -28,24 +33,52 @@ class Checkpoints:
         if folder is None or not folder.exists():
             return
         self._check_folder(folder)
-        for task in settings.tasks:
-            for method in settings.methods:
-                if self._path(task, method, "json").exists():
-                    self.results[task, method] = self._read_result(task, method)
-                if self._path(task, method, "safetensors").exists():
-                    self.vectors[task, method] = self._read_vectors(task, method)
-                if (task, method) not in self.results:
-                    self._read_controls(task, method)
+        for task in settings.tasks if tasks is None else tasks:
+            self.read(task)
+
+    def read(self, task: str) -> None:
+        """Read what the folder has of a task by now."""
+        for method in self.settings.methods:
+            key = (task, method)
+            if key not in self.results and self._has(task, method, "json"):
+                self.results[key] = self._read_result(task, method)
+            for control in () if key in self.results else self.settings.controls:
+                if (*key, control) not in self.controls and self._has(task, method, "safetensors", control):
+                    self.controls[(*key, control)] = self._read_vectors(task, method, control)
+        self.read_vectors(task)
+
+    def read_vectors(self, task: str) -> None:
+        """Read what the folder has of a task's vectors by now."""
+        for method in self.settings.methods:
+            if (task, method) not in self.vectors and self._has(task, method, "safetensors"):
+                self.vectors[task, method] = self._read_vectors(task, method)
+                notes = read_notes(self._path(task, method, "safetensors"))
+                if notes:
+                    self.costs[task, method] = typed(notes, Cost)
+
+    def without_result(self, task: str) -> list[str]:
+        """The methods that have no result of this task."""
+        return [method for method in self.settings.methods if (task, method) not in self.results]
+
+    def lacks_vectors(self, task: str, controls: Sequence[str]) -> bool:
+        """Whether vectors of the task, or of one of these controls, are missing for a method without a result."""
+        methods = self.without_result(task)
+        return not (
+            self.vectors.keys() >= {(task, method) for method in methods}
+            and self.controls.keys() >= {(task, method, control) for method in methods for control in controls}
+        )
 
     def keep_vectors(self, task: str, method: str, vectors: TaskVectors, cost: Cost) -> TaskVectors:
-        """Keep a task's vectors, and in memory what they cost; the vectors are returned."""
+        """Keep a task's vectors, and what they cost; the vectors are returned."""
         self.vectors[task, method], self.costs[task, method] = vectors, cost
         if self.folder is not None:
             path = self.folder / "settings.json"
-            if not path.exists():  # only once there is something to keep
+            if path.exists():
+                self._check_folder(self.folder)  # another run may have begun there in the meantime
+            else:  # only once there is something to keep
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(path, to_json(self.settings, indent=1))
-            vectors.save(self._path(task, method, "safetensors"))
+            vectors.save(self._path(task, method, "safetensors"), notes=asdict(cost))
         return vectors
 
     def keep_control(self, task: str, method: str, control: str, vectors: TaskVectors | None) -> None:
@@ -60,10 +93,26 @@ class Checkpoints:
         if self.folder is not None:
             write_whole(self._path(result.task, result.method, "json"), to_json(result, indent=1))
 
+    def experiment(self) -> Experiment:
+        """All results and vectors.
+
+        Raises:
+            KeyError: a result is missing.
+        """
+        keys = [(task, method) for task in self.settings.tasks for method in self.settings.methods]
+        one_method = len(self.settings.methods) == 1
+        vectors = {
+            task if one_method else f"{task}, {method}": self.vectors[task, method]
+            for task, method in keys
+            if (task, method) in self.vectors
+        }
+        return Experiment(self.settings, tuple(self.results[key] for key in keys), vectors)
+
     def _check_folder(self, folder: Path) -> None:
         path = folder / "settings.json"
-        if not path.exists():
-            if any(each.suffix != ".partial" for each in folder.iterdir()):  # a killed run can leave one
+        others = [each for each in folder.iterdir() if each.suffix != ".partial"]  # a killed run can leave one
+        if not path.exists():  # looked for last, as another process may be writing it
+            if others:
                 raise TvLensError(f"{folder} is not empty and holds no experiment; use another folder")
             return
         try:
@@ -88,11 +137,6 @@ class Checkpoints:
         except TvLensError as error:
             raise TvLensError(f"{path}: a damaged result ({error}); delete it to have the task run again") from error
 
-    def _read_controls(self, task: str, method: str) -> None:
-        for control in self.settings.controls:
-            if self._path(task, method, "safetensors", control).exists():
-                self.controls[task, method, control] = self._read_vectors(task, method, control)
-
     def _read_vectors(self, task: str, method: str, control: str = "") -> TaskVectors:
         path, settings = self._path(task, method, "safetensors", control), self.settings
         vectors = TaskVectors.load(path)
@@ -105,6 +149,9 @@ class Checkpoints:
         if vectors.n_layers != settings.n_layers:
             raise TvLensError(f"{path}: vectors for {vectors.n_layers} layers, not {settings.n_layers}; delete it")
         return vectors
+
+    def _has(self, task: str, method: str, kind: str, control: str = "") -> bool:
+        return self.folder is not None and self._path(task, method, kind, control).exists()
 
     def _path(self, task: str, method: str, kind: str, control: str = "") -> Path:
         assert self.folder is not None

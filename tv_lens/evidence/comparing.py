@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 from tv_lens.engines import Model, engine_for
@@ -11,6 +12,7 @@ from tv_lens.evidence.comparisons import Comparison
 from tv_lens.evidence.conditions import Condition, other_template, shuffled_few_shot
 from tv_lens.evidence.controls import CONTROLS, Control
 from tv_lens.evidence.experiments import Design, run_design
+from tv_lens.evidence.grids import Boot, run_grid
 from tv_lens.evidence.tuning import check_strengths
 from tv_lens.methods.base import Methods, named_methods
 from tv_lens.prompts import PAPER, PromptFormat, Template
@@ -21,7 +23,7 @@ QUESTION = Template("Q: {input}\nA: {output}", separator="\n\n")
 
 
 def compare(  # noqa: PLR0913 - its options are keywords
-    model: Model,
+    model: Model | Boot,
     tasks: Sequence[Task],
     methods: Methods,
     *,
@@ -37,6 +39,7 @@ def compare(  # noqa: PLR0913 - its options are keywords
     max_new_tokens: int = 8,
     layers: Sequence[int] | None = None,
     folder: str | Path | None = None,
+    executor: Executor | None = None,
 ) -> Comparison:
     """Compare how well the vectors of several methods carry tasks. The first method is the one that the others are
     compared with. `methods` is a list, or a dictionary with names for them, if two are of one kind.
@@ -54,12 +57,14 @@ def compare(  # noqa: PLR0913 - its options are keywords
     template. Answers, the log-probability of the right answer, and the divergence of the next token from few-shot are
     measured.
 
-    With a `folder`, finished parts are kept there, in a folder for each seed, and the same call resumes.
+    With a `folder`, finished parts are kept there, in a folder for each seed, and the same call resumes. With an
+    `executor`, its workers share the tasks and seeds, as in `run_experiment`.
 
     Raises:
         TvLensError: no seeds or one twice, or as `run_experiment`.
+        GridError: as `run_experiment`.
     """
-    engine, named = engine_for(model), named_methods(methods)
+    named = named_methods(methods)
     if not seeds or len({int(seed) for seed in seeds}) < len(seeds):
         raise TvLensError(f"seeds are {seeds!r}; give at least one, each of them once")
     if conditions is None:
@@ -82,6 +87,10 @@ def compare(  # noqa: PLR0913 - its options are keywords
         )
         for seed in seeds
     ]
+    if executor is not None:
+        by_name = {f"seed-{design.seed}": design for design in designs}
+        return Comparison(tuple(run_grid(model, tasks, by_name, folder, executor)))
+    engine = engine_for(model)
     return Comparison(
         tuple(
             run_design(engine, tasks, design, None if folder is None else Path(folder) / f"seed-{design.seed}")

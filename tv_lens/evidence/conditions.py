@@ -55,23 +55,24 @@ shuffled_few_shot = Condition("shuffled few-shot", shuffle_outputs)
 
 def other_template(template: PromptFormat, name: str = "another template") -> Condition:
     """The queries alone in another format than the vectors were made with."""
-    return Condition(name, _queries_in(template), about=str(template.to_dict()))
+    return Condition(name, _QueriesIn(template), about=str(template.to_dict()))
 
 
 def free_text(text: str, name: str = "free text") -> Condition:
     """The query in a sentence such as "The opposite of {input} is". An answer is correct if it occurs anywhere in what
     is generated, as whole words; added vectors are added at every generated token.
     """
-    return Condition(name, _queries_in(FreeText(text)), rule=Rule("occurs", occurs), every_step=True, about=repr(text))
+    return Condition(name, _QueriesIn(FreeText(text)), rule=Rule("occurs", occurs), every_step=True, about=repr(text))
 
 
-def _queries_in(template: PromptFormat) -> Callable[[Sequence[Prompt], int], list[Prompt]]:
-    """A function that gives the queries alone, in this format."""
+@dataclass(frozen=True)
+class _QueriesIn:
+    """The queries alone, in this format. A class, and not a closure, so that other processes can be sent it."""
 
-    def prompts(given: Sequence[Prompt], seed: int) -> list[Prompt]:
-        return [replace(prompt, examples=(), template=template) for prompt in given]
+    template: PromptFormat
 
-    return prompts
+    def __call__(self, given: Sequence[Prompt], seed: int) -> list[Prompt]:
+        return [replace(prompt, examples=(), template=self.template) for prompt in given]
 
 
 def occurs(prediction: str, answer: str) -> bool:

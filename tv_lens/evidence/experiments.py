@@ -1,4 +1,4 @@
-"""The paper's main experiment, task by task and method by method."""
+"""How an experiment is run, task by task and method by method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tv_lens.answers import first_token
-from tv_lens.engines import Capability, Engine, Model, Prefixes, Reads, engine_for, progress_bar, sharing_reads
+from tv_lens.engines import Capability, Engine, Prefixes, Reads, progress_bar, sharing_reads
 from tv_lens.errors import TvLensError
 from tv_lens.evidence.checkpoints import Checkpoints
 from tv_lens.evidence.conditions import Condition, condition_score
@@ -28,11 +28,10 @@ from tv_lens.evidence.scoring import (
     unpatched_score,
 )
 from tv_lens.evidence.settings import Settings
-from tv_lens.evidence.tuning import Tuned, at_strength, check_strengths, tune
+from tv_lens.evidence.tuning import Tuned, at_strength, tune
 from tv_lens.generation import check_new_tokens, encode
 from tv_lens.measuring import check_answers_fit
-from tv_lens.methods.base import Method, Methods, named_methods, settings_of
-from tv_lens.methods.extraction import AcrossPrompts, Extraction
+from tv_lens.methods.base import Method, settings_of
 from tv_lens.methods.reading import read_together
 from tv_lens.patching import Placement
 from tv_lens.prompts import PAPER, Prompt, PromptFormat
@@ -40,68 +39,6 @@ from tv_lens.provenance import versions
 from tv_lens.tasks import Task, fingerprint
 from tv_lens.tasks.halves import train_dev_test
 from tv_lens.vectors import TaskVectors
-
-
-def run_experiment(  # noqa: PLR0913 - its options are keywords
-    model: Model,
-    tasks: Sequence[Task],
-    *,
-    shots: int = 5,
-    n_dev: int = 50,
-    n_test: int = 50,
-    seed: int = 0,
-    substitutes: int = 2,
-    across: bool = False,
-    methods: Methods | None = None,
-    controls: Sequence[Control] = CONTROLS,
-    template: PromptFormat = PAPER,
-    max_new_tokens: int = 8,
-    layers: Sequence[int] | None = None,
-    folder: str | Path | None = None,
-    n_train: int | None = None,
-    strengths: Sequence[float | int] = (1.0,),
-) -> Experiment:
-    """The paper's main experiment (Hendel et al. 2023, section 3), for each task:
-
-    its inputs are split into disjoint dev and test sets; the mean task vector of `n_dev` dev prompts is made by each of
-    `methods` (by default `Extraction(substitutes)`, or `AcrossPrompts()` with `across`) and written in at every layer
-    for the dev queries; at the best layer it is evaluated, once, on `n_test` test prompts. Each of `controls` chooses
-    its own layer on the same dev queries. A task with fewer inputs gets as many prompts as it has inputs in either set.
-    The control `other task` takes the vector of the least similar task, of another category if there is one.
-
-    `methods` is a list, or a dictionary with names for them, if two are of one kind. With `n_train` the vectors are
-    made from that many other prompts, whose queries are neither dev nor test queries. Vectors that are added are tried
-    at each of `strengths`, multiples of the strength that they are meant to have.
-
-    With `max_new_tokens=1` answers are scored by their first token, or by the first one that tells the task's answers
-    apart (`first_token`), else in full by each task's own rule; `settings["scoring"]` and `settings["rules"]` say
-    which. The same seed gives the same table.
-
-    Nothing is run twice: methods that read the same prompts share the reads, and what comes before a vector is run once
-    for all vectors, layers and strengths. With a `folder`, each finished task is kept there, and a run with the same
-    settings resumes where it stopped.
-
-    Raises:
-        TvLensError: no tasks or two of one name, too few inputs, fewer than one substitute, or a folder of another
-            run; the message says which settings differ.
-    """
-    if methods is None:
-        methods = [AcrossPrompts()] if across else [Extraction(substitutes=substitutes)]
-    design = Design(
-        shots=shots,
-        n_train=n_train,
-        n_dev=n_dev,
-        n_test=n_test,
-        seed=int(seed),
-        methods=named_methods(methods),
-        controls=controls,
-        template=template,
-        max_new_tokens=max_new_tokens,
-        layers=layers,
-        strengths=check_strengths(strengths),
-        substitutes=substitutes,
-    )
-    return run_design(engine_for(model), tasks, design, folder)
 
 
 @dataclass(frozen=True)
@@ -137,30 +74,42 @@ class Design:
         if len(set(names)) < len(names):
             raise TvLensError(f"conditions are named {names}; give each a different name")
 
+    @property
+    def early_controls(self) -> list[Control]:
+        """The controls that run the model, which are made together with the vectors."""
+        return [control for control in self.controls if control.runs_model]
+
 
 def run_design(engine: Engine, tasks: Sequence[Task], design: Design, folder: str | Path | None) -> Experiment:
     """The experiment of this design, resumed if the folder holds a part of it."""
+    run = prepare(engine, tasks, design, folder)
+    run.check_prompts()
+    run.make_all_vectors()
+    with progress_bar(engine, len(run.plans) * len(design.methods), "task") as shown:
+        for i in range(len(run.plans)):
+            for _ in run.make_results(i):
+                shown.update()
+    return run.checkpoints.experiment()
+
+
+def prepare(
+    engine: Engine,
+    tasks: Sequence[Task],
+    design: Design,
+    folder: str | Path | None,
+    read: Sequence[str] | None = None,
+) -> Run:
+    """The experiment of this design before it is run, with what the folder has of the tasks in `read`, by default all.
+
+    Raises:
+        TvLensError: a model or tasks that the design does not fit, or a folder of another run.
+    """
     check_new_tokens(engine, design.max_new_tokens)
     engine.require(Capability.PATCH)
     layers = swept_layers(engine, design.layers, range(engine.n_layers))
     plans = _plans(engine, tasks, design)
     settings = _settings(engine, plans, design, layers, folder)
-    checkpoints = Checkpoints(None if folder is None else Path(folder), settings)
-    for plan in plans:  # a prompt that is too long shows now, and not after an hour
-        prompts = [*plan.train, *plan.dev, *plan.test_prompts]
-        ids = encode(engine, prompts, max(design.max_new_tokens, plan.task.rule.tokens))
-        if design.measured:
-            check_answers_fit(engine, prompts, ids)
-    run = _Run(engine, plans, settings, design, checkpoints)
-    run.make_all_vectors()
-    with progress_bar(engine, len(plans) * len(design.methods), "task") as shown:
-        for i, plan in enumerate(plans):
-            tests = _Tests(engine, plan, design)
-            for name in design.methods:
-                if (plan.task.name, name) not in checkpoints.results:
-                    checkpoints.keep_result(run.result(i, name, tests))
-                shown.update()
-    return run.experiment()
+    return Run(engine, plans, design, Checkpoints(None if folder is None else Path(folder), settings, read))
 
 
 def _settings(
@@ -213,7 +162,8 @@ class TaskPlan:
     test_prompts: Sequence[Prompt]
 
 
-def _plans(engine: Engine, tasks: Sequence[Task], design: Design) -> list[TaskPlan]:
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Raise TvLensError unless `tasks` are tasks with different names."""
     if isinstance(tasks, Task):
         raise TvLensError(f"tasks are one task; give a list, [{tasks!r}]")
     for task in tasks:
@@ -222,6 +172,10 @@ def _plans(engine: Engine, tasks: Sequence[Task], design: Design) -> list[TaskPl
     names = [task.name for task in tasks]
     if not tasks or len(set(names)) < len(names):
         raise TvLensError(f"tasks are {names}; give at least one, each with a different name")
+
+
+def _plans(engine: Engine, tasks: Sequence[Task], design: Design) -> list[TaskPlan]:
+    check_tasks(tasks)
     # Before a task is split, so that all parts have the rule.
     if design.max_new_tokens == 1:
         tasks = [replace(task, accepts=first_token(engine, design.template, task)) for task in tasks]
@@ -255,48 +209,63 @@ def _weights(engine: Engine, plans: Sequence[TaskPlan], folder: str | Path | Non
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """An experiment while it runs."""
 
     engine: Engine
     plans: Sequence[TaskPlan]
-    settings: Settings
     design: Design
     checkpoints: Checkpoints
 
+    @property
+    def settings(self) -> Settings:
+        """What the experiment is run with."""
+        return self.checkpoints.settings
+
+    def check_prompts(self) -> None:
+        """Raise TvLensError if a prompt is too long: now, and not after an hour."""
+        for plan in self.plans:
+            prompts = [*plan.train, *plan.dev, *plan.test_prompts]
+            ids = encode(self.engine, prompts, max(self.design.max_new_tokens, plan.task.rule.tokens))
+            if self.design.measured:
+                check_answers_fit(self.engine, prompts, ids)
+
     def make_all_vectors(self) -> None:
         """The vectors of every task that has no result yet, with the controls that run the model."""
-        unfinished = [i for i in range(len(self.plans)) if self._methods_without_result(i)]
+        unfinished = [i for i, plan in enumerate(self.plans) if self.checkpoints.without_result(plan.task.name)]
         with progress_bar(self.engine, len(unfinished), "task") as shown:
             for i in unfinished:
                 shown.set_description("vectors")
-                self._make_vectors(i)
+                self.make_vectors(i)
                 shown.update()
 
-    def _methods_without_result(self, i: int) -> list[str]:
-        results, task = self.checkpoints.results, self.plans[i].task.name
-        return [name for name in self.design.methods if (task, name) not in results]
-
-    def _make_vectors(self, i: int) -> None:
-        """The vectors of one task, each read once for all methods and their controls."""
-        plan, names = self.plans[i], self._methods_without_result(i)
-        early = [control for control in self.design.controls if control.runs_model]
-        missing = [key for key in ((plan.task.name, name) for name in names) if key not in self.checkpoints.vectors]
-        controls = [(plan.task.name, name, control.name) for name in names for control in early]
-        if not missing and self.checkpoints.controls.keys() >= set(controls):
+    def make_vectors(self, i: int) -> None:
+        """The vectors of one task that are missing, each read once for all methods and their controls."""
+        task, early = self.plans[i].task.name, self.design.early_controls
+        self.checkpoints.read(task)
+        if not self.checkpoints.lacks_vectors(task, [control.name for control in early]):
             return
         everything = list(self.design.methods)
         with sharing_reads(self.engine):
             if len(everything) > 1:
                 # For all methods, so that a resumed run reads in the same batches.
-                self._read_together(i, dict.fromkeys(everything, plan.train))
+                self._read_together(i, dict.fromkeys(everything, self.plans[i].train))
                 self._read_together(i, {name: self._shuffled(i, name) for name in everything})
-            for name in names:
+            for name in self.checkpoints.without_result(task):
                 vectors = self.vector(i, name)
                 for control in early:
-                    key = (plan.task.name, name, control.name)
+                    key = (task, name, control.name)
                     if key not in self.checkpoints.controls:
                         self.checkpoints.keep_control(*key, control(self._treatment(i, name, vectors)))
+
+    def make_results(self, i: int) -> Iterator[TaskResult]:
+        """The results of one task, each kept as soon as it is known. All methods share what is run without vectors."""
+        task, tests = self.plans[i].task.name, _Tests(self.engine, self.plans[i], self.design)
+        for name in self.design.methods:
+            self.checkpoints.read(task)  # what another process has finished in the meantime
+            if (task, name) not in self.checkpoints.results:
+                self.checkpoints.keep_result(self.result(i, name, tests))
+            yield self.checkpoints.results[task, name]
 
     def _read_together(self, i: int, prompts: Mapping[str, Sequence[Prompt]]) -> None:
         """Read what each method needs of its prompts, once for all methods."""
@@ -314,6 +283,8 @@ class _Run:
     def vector(self, i: int, name: str) -> TaskVectors:
         """The mean vector of task `i`, made once."""
         plan, key, method = self.plans[i], (self.plans[i].task.name, name), self.design.methods[name]
+        if key not in self.checkpoints.vectors:
+            self.checkpoints.read_vectors(plan.task.name)  # what another process has made in the meantime
         if key in self.checkpoints.vectors:
             return self.checkpoints.vectors[key]
         with sharing_reads(self.engine) as reads, _metered(self.engine, reads) as meter:
@@ -390,18 +361,6 @@ class _Run:
             if vectors is not None:
                 made[control.name] = vectors
         return made
-
-    def experiment(self) -> Experiment:
-        """All results and vectors."""
-        kept, settings = self.checkpoints, self.settings
-        keys = [(task, method) for task in settings.tasks for method in settings.methods]
-        one_method = len(settings.methods) == 1
-        vectors = {
-            task if one_method else f"{task}, {method}": kept.vectors[task, method]
-            for task, method in keys
-            if (task, method) in kept.vectors
-        }
-        return Experiment(settings, tuple(kept.results[key] for key in keys), vectors)
 
 
 @dataclass(frozen=True)

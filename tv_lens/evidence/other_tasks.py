@@ -18,14 +18,18 @@ def least_similar(i: int, tasks: Sequence[Task], vectors: Callable[[int], TaskVe
 
     Tasks without a category are not known to differ. `vectors(j)` gives the mean vectors of task `j`.
     """
-    others = [j for j in range(len(tasks)) if j != i]
-    category = tasks[i].category
-    different = [j for j in others if category and tasks[j].category not in ("", category)]
-    candidates = different or others
+    candidates = dissimilar(i, tasks)
     if len(candidates) < 2:
         return candidates[0] if candidates else None
     own = vectors(i)
     return min(candidates, key=lambda j: _name_similarity(tasks[i], tasks[j]) + _cosine(own, vectors(j)))
+
+
+def dissimilar(i: int, tasks: Sequence[Task]) -> list[int]:
+    """The tasks of another category than task `i`; all others if there are none."""
+    others = [j for j in range(len(tasks)) if j != i]
+    category = tasks[i].category
+    return [j for j in others if category and tasks[j].category not in ("", category)] or others
 
 
 def _name_similarity(one: Task, other: Task) -> float:

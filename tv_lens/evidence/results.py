@@ -447,7 +447,7 @@ class TaskResult:
     `sweep` is at the chosen strength, `other_sweeps` are at the others, and `control_sweeps` are the controls' at their
     chosen strengths. `tied_accuracies` are the accuracies on the test prompts at each of `ties`. `conditions` are the
     scores of the test queries asked in other ways. `train_prompts` are those that the vectors are from, if these are
-    not the dev prompts. `cost` is that of the vectors, None if they were made by an earlier run.
+    not the dev prompts. `cost` is that of the vectors, None if it is not known.
     """
 
     task: str
