@@ -20,7 +20,7 @@ from .edits import (
     overwrite,
     rotate,
 )
-from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for
+from .engines import Engine, LocalEngine, Model, RemoteEngine, Tokens, engine_for
 from .errors import EngineError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
 from .evidence.comparing import compare
 from .evidence.comparisons import Comparison
@@ -118,6 +118,7 @@ __all__ = [
     "MeanState",
     "Method",
     "MissingExtraError",
+    "Model",
     "OtherTask",
     "Patch",
     "PlainText",
