@@ -156,9 +156,10 @@ def test_the_code_of_a_page_runs(page: str, llama: Twins, tmp_path: Path, monkey
         "control": SimpleNamespace(directions={layer: torch.ones(32) for layer in (3, 2, 1)}),
         "steering": SimpleNamespace(layer_activations={layer: torch.ones(32) for layer in (0, 1)}),
     }
-    blocks = re.findall(r"^```python (\w+)\n(.*?)^```$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M | re.S)
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python \w+\n(.*?)^```$", text, re.M | re.S)
     assert blocks
-    for _, code in blocks:
+    for code in blocks:
         code = re.sub(r"(sample\()(?!1\b)\d+", r"\g<1>4", re.sub(r"(n_dev=|n_test=)\d+", r"\g<1>2", code))
         for options in ("n_dev=", "dev=prompts"):
             code = code.replace(f" {options}", f" max_new_tokens=1, {options}")

@@ -221,7 +221,19 @@ class Edits(tuple[Edit, ...]):
 
 
 def Patch(vectors: Float[Tensor, "row width"], layers: Int[Tensor, " row"]) -> Edits:
-    """The name that version 0.1 gave to `Edits.per_row(vectors, layers)`."""
+    """The name that version 0.1 gave to `Edits.per_row(vectors, layers)`.
+
+    Args:
+        vectors: one for each row.
+        layers: one for each row.
+
+    Returns:
+        One edit for each layer that occurs, at the last token.
+
+    Examples:
+        >>> len(Patch(torch.ones(2, 4), torch.tensor([1, 3])))
+        2
+    """
     return Edits.per_row(vectors, layers)
 
 
@@ -273,23 +285,29 @@ overwrite = Write("set")
 
 
 def add(strength: float = 1.0, *, every_step: bool = False, keep_norm: bool = False) -> Write:
-    """Add the vector, times `strength`, to the activation.
+    """Add the vector to the activation.
 
-    With `every_step` it is added again at each generated token. With `keep_norm` the sum is rescaled to the length
-    that the activation had.
+    Args:
+        strength: what the vector is multiplied by.
+        every_step: whether it is added again at each generated token.
+        keep_norm: whether the sum is rescaled to the length that the activation had.
 
-    >>> str(add(4.0, every_step=True))
-    'add(4, every_step=True)'
+    Returns:
+        A value for `how=`.
     """
     return Write("add", float(strength), every_step, keep_norm)
 
 
 def rotate(strength: float = 0.1, *, every_step: bool = True) -> Write:
     """Turn the activation toward the vector and keep its length; the vector's own length does not matter (Liu et al.
-    2024, in-context vectors). With `every_step` generated tokens are turned, too.
+    2024, in-context vectors).
 
-    >>> str(rotate(0.1))
-    'rotate(0.1, every_step=True)'
+    Args:
+        strength: the length of what is added to the activation's direction.
+        every_step: whether generated tokens are turned, too.
+
+    Returns:
+        A value for `how=`.
     """
     return Write("rotate", float(strength), every_step)
 
@@ -341,8 +359,18 @@ class Layers:
 def layers(*numbers: int) -> Layers:
     """Several layers at once: each row gets its vector of every one of them, in one pass.
 
+    Args:
+        *numbers: the layers.
+
+    Returns:
+        A value for `layer=`.
+
     Raises:
         TvLensError: no layer, or a layer twice.
+
+    Examples:
+        >>> layers(3, 7, 12).numbers
+        (3, 7, 12)
     """
     if not numbers or len(set(numbers)) < len(numbers):
         raise TvLensError(f"layers{numbers}: give at least one layer, each of them once")

@@ -312,11 +312,21 @@ class _Header:
 
 
 def across_tasks(effects: Sequence[HeadEffects]) -> HeadEffects:
-    """The effects averaged over tasks, for a set of heads that serves them all: one row per task, so intervals are
-    about tasks drawn independently.
+    """The effects averaged over tasks, for a set of heads that serves them all.
+
+    Args:
+        effects: those of each task, of one model and one measure.
+
+    Returns:
+        Effects with one row per task, so intervals are about tasks drawn independently.
 
     Raises:
         TvLensError: no effects, or effects of different models, heads or measures.
+
+    Examples:
+        >>> effects = tv.head_effects(model, prompts, tv.read_heads(model, prompts), how="attribution")
+        >>> len(tv.across_tasks([effects, effects]))
+        2
     """
     if not effects:
         raise TvLensError("there are no effects to average; give those of two tasks or more")
@@ -348,12 +358,26 @@ class _List:
 
 
 def published_heads(path: str | Path) -> tuple[Head, ...]:
-    """The heads of a published list, in its order: a JSON file that holds `{"top_heads": [[layer, head], ...]}`, or
-    just the list, whose entries may have an effect in third position.
+    """The heads of a published list, in its order.
+
+    Args:
+        path: a JSON file that holds `{"top_heads": [[layer, head], ...]}`, or just the list, whose entries may have an
+            effect in third position.
+
+    Returns:
+        (layer, head) pairs, for `function_vector`.
 
     Raises:
         OSError: the file cannot be read.
         TvLensError: not such a list.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "heads.json"
+        ...     _ = file.write_text('{"top_heads": [[15, 2, 0.3], [12, 15, 0.1]]}')
+        ...     published_heads(file)
+        (Head(layer=15, head=2), Head(layer=12, head=15))
     """
     try:
         content = from_json(read_whole(path))

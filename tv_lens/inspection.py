@@ -59,10 +59,22 @@ def show_tokens(
 ) -> TokenTable:
     """The tokens of a prompt as the model gets them, and which of them `positions` names.
 
-    With `keep_demonstrations=False` it is the query alone, which is what `patch_generate` runs by default.
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompt: a prompt, or a plain string.
+        positions: what an edit would touch, as in `patch_generate`.
+        keep_demonstrations: False shows the query alone, which is what `patch_generate` runs by default.
+
+    Returns:
+        A table of token, id, position and role.
 
     Raises:
         TvLensError: a prompt without tokens, or one that lacks the positions.
+
+    Examples:
+        >>> table = tv.show_tokens(model, "hot ->", positions="last")
+        >>> table.tokens, table.edited
+        (('<s>', 'hot', ' ->'), (False, False, True))
     """
     engine = engine_for(model)
     [given] = as_prompts([prompt])

@@ -85,11 +85,23 @@ class Score:
 
 
 def mcnemar(one: Score, other: Score) -> float:
-    """The two-sided p-value of McNemar's exact test that two conditions answer the same prompts equally well: a
-    binomial test of the prompts that only one of them gets right. 1 if there are none.
+    """The p-value of McNemar's exact test that two conditions answer the same prompts equally well: a binomial test of
+    the prompts that only one of them gets right.
+
+    Args:
+        one: the score of one condition.
+        other: the score of another one on the same prompts.
+
+    Returns:
+        The two-sided p-value; 1 if no prompt is answered right by one condition only.
 
     Raises:
         TvLensError: the scores are not of the same prompts.
+
+    Examples:
+        >>> one = Score(("x",) * 6, ("x",) * 6, (True,) * 6)
+        >>> mcnemar(one, Score(("y",) * 6, ("x",) * 6, (False,) * 6))
+        0.03125
     """
     if one.answers != other.answers:
         raise TvLensError(

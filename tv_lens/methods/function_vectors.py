@@ -28,18 +28,31 @@ from tv_lens.vectors import TaskVectors, check_heads
 def function_vector(
     model: Model, vectors: TaskVectors, heads: Sequence[tuple[int, int]], *, distributed: bool = False
 ) -> TaskVectors:
-    """The function vector of `heads`, (layer, head) pairs such as `effects.top(10)`, from what `read_heads` gives.
+    """The function vector of `heads`: the sum of what they add to the residual stream, mean over prompts (Todd et al.
+    2024, section 2.3).
 
-    The vector is the sum of what these heads add to the residual stream, mean over prompts, the same at every layer; it
-    is meant to be added. The bias of the output projection belongs to no head and is left out. In models with a norm
-    after the attention (Gemma 2 and 3, OLMo 2 and 3, GLM 4) each head's part has the scale of that norm on the same
-    prompt, and in Granite its multiplier, so the vector always has the units of the residual stream.
+    The bias of the output projection belongs to no head and is left out. In models with a norm after the attention
+    (Gemma 2 and 3, OLMo 2 and 3, GLM 4) each head's part has the scale of that norm on the same prompt, and in Granite
+    its multiplier, so the vector always has the units of the residual stream.
 
-    With `distributed` each head's mean output is written at its own layer instead, over the head's own output: write
-    all of them at once with `layers(*vectors.layers)`, or add them to it with `how=add()`.
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        vectors: what `read_heads` gives.
+        heads: (layer, head) pairs, such as `effects.top(10)`.
+        distributed: whether each head's mean output is written at its own layer instead, over the head's own output.
+            Write all of them at once with `layers(*vectors.layers)`, or add them to it with `how=add()`.
+
+    Returns:
+        The same vector at every layer, meant to be added; or, distributed, one for each layer of the heads.
 
     Raises:
         TvLensError: vectors that `read_heads` did not make, no heads, one of them twice, or one that does not exist.
+
+    Examples:
+        >>> means = tv.read_heads(model, prompts)
+        >>> vector = tv.function_vector(model, means, [(1, 0), (2, 3)])
+        >>> vector.op, vector.values.shape
+        ('add', torch.Size([1, 4, 32]))
     """
     engine = engine_for(model)
     check_head_vectors(engine, vectors)

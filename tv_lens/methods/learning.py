@@ -117,6 +117,8 @@ def learn(  # noqa: PLR0913 - its options are keywords
     demonstrations (Yang et al., arXiv 2509.24169, section 3). They are trained side by side, each as if it were alone.
 
     Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompts: prompts with answers (or, for "few-shot", with demonstrations).
         layers: one layer, several, or None for all.
         how: `add(strength)` or `overwrite`; with `every_step` the vector is also written at the answer's tokens.
         positions: where in the query, as in `patch_generate`.
@@ -127,18 +129,28 @@ def learn(  # noqa: PLR0913 - its options are keywords
         lr: AdamW's learning rate, such as the paper's 5e-3 for Llama. Activations of models and layers differ by orders
             of magnitude, so None takes 0.05 of the root mean square of the layer's activations at the queries' last
             tokens.
+        weight_decay: AdamW's.
         batch_size: prompts for each step of the optimizer. Batches keep their prompts and change their order.
         validation: prompts for early stopping, or the share of the prompts that is held out for it (at least one
             prompt); 0 for none. A layer's accuracy is the share whose answer (or most likely next token after the
             few-shot prompt) is what greedy decoding gives.
         patience: a layer stops after so many epochs without a better accuracy, or a lower loss at the same accuracy.
+        seed: of the order of prompts, of a uniform start, and of what is held out.
         file: keeps the training after every epoch. The same call resumes from it, also with more epochs.
+
+    Returns:
+        The vectors, the layers in the order of their validation accuracy, and the losses by epoch.
 
     Raises:
         TvLensError: prompts without answers (or, for "few-shot", without demonstrations), no layers or one that does
             not exist, an option out of range, a start of another model, a file of another training, or a model that
             gives no gradients.
         EngineError: a loss that is NaN or infinite.
+
+    Examples:
+        >>> learned = tv.learn(model, prompts, layers=[1, 2], epochs=1)
+        >>> learned.vectors.layers, len(learned.curve)
+        ((1, 2), 4)
     """
     engine = engine_for(model)
     check_prompts(prompts)

@@ -179,11 +179,15 @@ def _joined(before: object, text: object) -> str:
 
 
 def contrastive_library() -> dict[str, ContrastivePairs]:
-    """The built-in contrastive pairs by name, 24 to 30 short sentences each: the first of a pair is polite, certain or
-    formal, the second says the same without.
+    """The built-in contrastive pairs, 24 to 30 short sentences each: the first of a pair is polite, certain or formal,
+    the second says the same without.
 
-    >>> contrastive_library()["certainty"]
-    ContrastivePairs('certainty', 30 pairs)
+    Returns:
+        Pairs by name.
+
+    Examples:
+        >>> contrastive_library()["certainty"]
+        ContrastivePairs('certainty', 30 pairs)
     """
     return {name: _listed(name) for name in ("politeness", "certainty", "formality")}
 
