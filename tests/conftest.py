@@ -66,8 +66,9 @@ def demo() -> TransformerBridge:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The notebooks run on the demo model too."""
+    """The notebooks run first, since they take longest, and on the demo model."""
     notebooks = [item for item in items if item.path.suffix == ".ipynb"]
+    items[:] = [*notebooks, *(item for item in items if item not in notebooks)]
     if notebooks and isinstance(demo_or_reason(), str):
         for item in notebooks:
             item.add_marker(pytest.mark.skip(str(demo_or_reason())))

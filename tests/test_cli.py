@@ -65,9 +65,15 @@ def test_tasks_lists_the_library(capsys: pytest.CaptureFixture[str]) -> None:
     assert "linguistic" not in out
 
 
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "--version") == (0, f"tv-lens {tv.__version__}\n", "")
+
+
 def test_run_is_run_experiment(capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path) -> None:
-    saved = str(tmp_path / "out.json")
-    actual = as_json(capsys, "run", "to_upper", pairs, "--model", tiny.folder, *SMALL, "--seed", "3", "--save", saved)
+    saved, page = str(tmp_path / "out.json"), tmp_path / "out.html"
+    options = ["--seed", "3", "--save", saved, "--report", str(page)]
+    actual = as_json(capsys, "run", "to_upper", pairs, "--model", tiny.folder, *SMALL, *options)
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     tasks = [tv.library()["to_upper"], tv.Task.from_file(pairs, accepts=tv.starts_with)]
     expected = tv.run_experiment(tiny.twins.bridge, tasks, shots=2, n_dev=4, n_test=4, max_new_tokens=2, seed=3)
     table = expected.to_pandas()
@@ -487,6 +493,7 @@ def test_an_interrupted_run_exits_with_130_and_resumes(
     out, err = stopped.communicate()
     assert (stopped.returncode, out) == (130, ""), err
     assert "Traceback" not in err
+    assert f"tv-lens: interrupted; the same command resumes from {folder}" in err
     kept = sorted(folder.iterdir())
     assert {path.suffix for path in kept} == {".json", ".safetensors"}
     for path in kept:

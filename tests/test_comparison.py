@@ -250,6 +250,14 @@ def test_estimates_by_hand() -> None:
     assert (first["beats_controls"], second["beats_controls"], second["better"]) == (0, 0, 1)
 
 
+def test_an_interval_over_tasks_ends_at_the_largest_difference() -> None:
+    """By hand: differences of -1 and 0 have a t interval of -0.5 -+ 6.35."""
+    cells = {("t", "a"): answers(*range(10)), ("t", "b"): answers(), ("u", "a"): answers(), ("u", "b"): answers()}
+    actual = made_comparison({key: (correct, {"random": answers()}) for key, correct in cells.items()})
+    second = actual.by_method().to_dict("records")[1]
+    assert (second["difference"], second["difference_low"], second["difference_high"]) == (-0.5, -1, 1)
+
+
 def test_an_evaluation_names_the_strongest_control() -> None:
     actual = Evaluation(
         1,

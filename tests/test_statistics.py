@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -142,6 +143,14 @@ def test_numbers_have_at_least_students_interval() -> None:
 def test_a_single_number_has_no_bounds() -> None:
     assert mean_interval([[-1.5]]) == (-math.inf, math.inf)
     assert mean_interval([[-1.5, -1.5]]) == (-1.5, -1.5)
+
+
+def test_nearly_equal_numbers_are_no_reason_to_warn() -> None:
+    """Scipy's bootstrap divides 0 by 0 for them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        low, high = mean_interval([[0.0, 0.0, 0.0, 0.0, 1e-9]])
+    assert low < 2e-10 < high
 
 
 def test_differences_of_numbers_are_paired() -> None:

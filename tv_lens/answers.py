@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from tv_lens.edits import Edits, Positions, Write
 from tv_lens.engines import Capability, Engine, Model, Past, Tokens, engine_for, map_rows
 from tv_lens.errors import TvLensError
 from tv_lens.generation import encode, finite_logits, narrowed, next_logits
-from tv_lens.patching import LayerChoice, Placement, check_vectors, edits_for
+from tv_lens.patching import LayerChoice, Placement, checked, edits_for
 from tv_lens.prompts import PAPER, Prompt, PromptFormat, as_prompts
 from tv_lens.tasks import Rule, Task, starts_with
 from tv_lens.vectors import TaskVectors
@@ -94,7 +94,7 @@ def answer_logprobs(  # noqa: PLR0913 - its options are keywords
     prompts: Sequence[Prompt | str],
     answers: Sequence[str] | None = None,
     *,
-    vectors: TaskVectors | None = None,
+    vectors: TaskVectors | Tensor | None = None,
     layer: LayerChoice | None = None,
     how: Write | None = None,
     positions: Positions | None = None,
@@ -132,11 +132,14 @@ def answer_logprobs(  # noqa: PLR0913 - its options are keywords
     """
     engine, given = engine_for(model), as_prompts(prompts)
     expected = expected_answers(given, answers)
-    placed = None
+    write: Callable[[Sequence[Sequence[int]]], Edits] | None = None
     if vectors is not None:
-        placed = Placement(how, positions, keep_demonstrations).of(vectors)
+        if layer is None:
+            raise TvLensError("vectors are given without a layer; pass layer=..., for instance sweep.best")
+        placement = Placement(how, positions, keep_demonstrations)
+        task_vectors, placed = checked(engine, given, vectors, layer, placement)
         given = placed.prompts(given)
-        check_vectors(engine, vectors, len(given))
+        write = functools.partial(edits_for, engine, given, vectors=task_vectors, layer=layer, placed=placed)
     ids = encode(engine, given, 1)
     targets = [
         answer_ids(engine, prompt, own, answer, i)
@@ -146,11 +149,7 @@ def answer_logprobs(  # noqa: PLR0913 - its options are keywords
     if new_tokens:
         engine.require(Capability.CONTINUE)
         encode(engine, given, new_tokens + 1)
-    edits = Edits()
-    if vectors is not None and placed is not None:
-        if layer is None:
-            raise TvLensError("vectors are given without a layer; pass layer=..., for instance sweep.best")
-        edits = edits_for(engine, given, ids, vectors, layer, placed)
+    edits = Edits() if write is None else write(ids)
     logprobs = torch.zeros(len(given), dtype=torch.float32, device="cpu")
 
     def work(rows: list[int], tokens: Tokens, past: Past, edits: Edits) -> None:
@@ -212,7 +211,7 @@ def _forced(
 def divergence(
     model: Model,
     prompts: Sequence[Prompt],
-    vectors: TaskVectors,
+    vectors: TaskVectors | Tensor,
     layer: LayerChoice,
     *,
     how: Write | None = None,
@@ -246,11 +245,11 @@ def divergence(
     engine, whole = engine_for(model), as_prompts(prompts)
     if not all(prompt.examples for prompt in whole):
         raise TvLensError("the few-shot distribution needs demonstrations; sample the prompts with shots=1 or more")
-    placed = Placement(how, positions, keep_demonstrations).of(vectors)
+    placement = Placement(how, positions, keep_demonstrations)
+    task_vectors, placed = checked(engine, whole, vectors, layer, placement)
     patched_prompts = placed.prompts(whole)
-    check_vectors(engine, vectors, len(patched_prompts))
     few_shot_ids, ids = encode(engine, whole, 1), encode(engine, patched_prompts, 1)
-    edits = edits_for(engine, patched_prompts, ids, vectors, layer, placed)
+    edits = edits_for(engine, patched_prompts, ids, task_vectors, layer, placed)
     numbers = range(len(whole))
     few_shot = finite_logits(engine, next_logits(engine, few_shot_ids, Edits()), numbers).log_softmax(dim=-1)
     patched = finite_logits(engine, next_logits(engine, ids, edits), numbers).log_softmax(dim=-1)

@@ -356,6 +356,27 @@ class Layers:
         return iter(self.numbers)
 
 
+@dataclass(frozen=True)
+class ByPrompt:
+    """A layer for each prompt; made by `by_prompt(3, 7, 12)`."""
+
+    numbers: tuple[int, ...]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
+
+
+def by_prompt(*numbers: int) -> ByPrompt:
+    """A layer for each prompt: the first is where the first prompt's vector is written, and so on.
+
+    Raises:
+        TvLensError: no layer.
+    """
+    if not numbers:
+        raise TvLensError("by_prompt() without a layer; give one for each prompt")
+    return ByPrompt(numbers)
+
+
 def layers(*numbers: int) -> Layers:
     """Several layers at once: each row gets its vector of every one of them, in one pass.
 

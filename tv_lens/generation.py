@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWar
 from tv_lens.edits import Edits, Positions, Write
 from tv_lens.engines import Capability, Engine, Model, Past, Prefixes, Stop, Tokens, engine_for, map_rows
 from tv_lens.errors import EngineError, TvLensError
-from tv_lens.patching import LayerChoice, Placement, check_vectors, edits_for
+from tv_lens.patching import LayerChoice, Placement, checked, edits_for
 from tv_lens.prompts import Prompt, as_prompts
 from tv_lens.vectors import TaskVectors
 
@@ -93,7 +93,7 @@ def sample(*, temperature: float = 1.0, top_k: int | None = None, top_p: float |
     return draw
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Completions(Sequence[str]):
     """The answers, as a sequence of texts.
 
@@ -103,7 +103,7 @@ class Completions(Sequence[str]):
     """
 
     texts: tuple[str, ...]
-    tokens: Int[Tensor, "prompt new"] = field(repr=False)
+    tokens: Int[Tensor, "prompt new"]
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -114,6 +114,11 @@ class Completions(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def __repr__(self) -> str:
+        shown = [text if len(text) <= 60 else f"{text[:57]}..." for text in self.texts[:12]]
+        more = f", and {len(self) - 12} more" if len(self) > 12 else ""
+        return f"Completions({', '.join(map(repr, shown))}{more})"
 
 
 def generate(
@@ -148,7 +153,7 @@ def generate(
 def patch_generate(  # noqa: PLR0913 - its options are keywords
     model: Model,
     prompts: Sequence[Prompt | str],
-    vectors: TaskVectors,
+    vectors: TaskVectors | Tensor,
     layer: LayerChoice,
     *,
     how: Write | None = None,
@@ -166,10 +171,11 @@ def patch_generate(  # noqa: PLR0913 - its options are keywords
     Args:
         model: a bridge, or an engine to control batch size and BOS.
         prompts: prompts, of which the queries are asked, or plain strings.
-        vectors: what is written: one vector for each prompt, or one for all (`vectors.mean()`).
-        layer: the block whose output is written to: one for all prompts, one for each, or `layers(3, 7, 12)` for
-            several at once. Vectors that are meant for several layers (`usage.span`) are written at all of them up to
-            the one given, or at all they have.
+        vectors: task vectors, or a plain tensor that overwrites the residual stream: of shape (d_model,), or (prompt,
+            d_model) for one vector per prompt.
+        layer: the block whose output is written to: one for all prompts, `by_prompt(3, 7)` for one for each prompt, or
+            `layers(3, 7, 12)` for several at once. Vectors that are meant for several layers (`usage.span`) are
+            written at all of them up to the one given, or at all they have.
         how: `overwrite`, `add(strength, every_step=, keep_norm=)` or `rotate(strength)`; None writes the vectors the
             way they are meant.
         positions: where in the prompt: "last", "separators", "outputs", "query", "all", or negative numbers that count
@@ -192,12 +198,13 @@ def patch_generate(  # noqa: PLR0913 - its options are keywords
         >>> steered = tv.patch_generate(model, ["hot ->"], vector, 2, how=tv.add(4.0, every_step=True))
         >>> answers = tv.patch_generate(model, prompts, vector, tv.layers(1, 2), positions=[-1], max_new_tokens=2)
     """
-    engine, placed = engine_for(model), Placement(how, positions, keep_demonstrations).of(vectors)
-    inputs = placed.prompts(as_prompts(prompts))
-    check_vectors(engine, vectors, len(inputs))
+    engine, given = engine_for(model), as_prompts(prompts)
+    placement = Placement(how, positions, keep_demonstrations)
+    task_vectors, placed = checked(engine, given, vectors, layer, placement)
+    inputs = placed.prompts(given)
     check_new_tokens(engine, max_new_tokens)
     ids = encode(engine, inputs, max_new_tokens)
-    edits = edits_for(engine, inputs, ids, vectors, layer, placed)
+    edits = edits_for(engine, inputs, ids, task_vectors, layer, placed)
     [answers] = answer(engine, inputs, ids, [edits], max_new_tokens, sampler)
     return completions(engine, answers)
 
@@ -205,7 +212,7 @@ def patch_generate(  # noqa: PLR0913 - its options are keywords
 def patched_logits(
     model: Model,
     prompts: Sequence[Prompt | str],
-    vectors: TaskVectors,
+    vectors: TaskVectors | Tensor,
     layer: LayerChoice,
     *,
     how: Write | None = None,
@@ -233,11 +240,12 @@ def patched_logits(
         >>> tv.patched_logits(model, prompts, vector, 2).shape
         torch.Size([4, 300])
     """
-    engine, placed = engine_for(model), Placement(how, positions, keep_demonstrations).of(vectors)
-    inputs = placed.prompts(as_prompts(prompts))
-    check_vectors(engine, vectors, len(inputs))
+    engine, given = engine_for(model), as_prompts(prompts)
+    placement = Placement(how, positions, keep_demonstrations)
+    task_vectors, placed = checked(engine, given, vectors, layer, placement)
+    inputs = placed.prompts(given)
     ids = encode(engine, inputs, 1)
-    return next_logits(engine, ids, edits_for(engine, inputs, ids, vectors, layer, placed))
+    return next_logits(engine, ids, edits_for(engine, inputs, ids, task_vectors, layer, placed))
 
 
 def encode(engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:

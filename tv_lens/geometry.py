@@ -60,7 +60,7 @@ def similarity(a: TaskVectors, b: TaskVectors, layer: int) -> Float[Tensor, "a b
     return (one @ other.T).clamp(-1, 1).float()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Similarities:
     """The cosines between vectors of several tasks at one layer: `cosines[i, j]` of vectors `i` and `j`, which
     belong to `tasks[owners[i]]` and `tasks[owners[j]]`. A vector is never compared with itself.
@@ -156,6 +156,9 @@ class Similarities:
         """The mean cosines as a heat map, tasks by tasks."""
         return figure(self)
 
+    def __repr__(self) -> str:
+        return f"Similarities({len(self.owners)} vectors of {len(self.tasks)} tasks, {self})"
+
     def __str__(self) -> str:
         within, between = ("none" if x is None else f"{x:.2f}" for x in (self.within, self.between))
         p = "" if self.p_value is None else f", p {self.p_value:.1g}"
@@ -195,7 +198,7 @@ def compare_tasks(vectors: Sequence[TaskVectors], layer: int) -> Similarities:
     return Similarities(layer, names, owners, cosines, vectors[0].n_layers)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VectorMap:
     """Vectors of several tasks laid out on a plane: `points[i]` belongs to `tasks[owners[i]]`."""
 
@@ -216,6 +219,10 @@ class VectorMap:
     def plot(self) -> go.Figure:
         """The map, with a color and a symbol for each task."""
         return figure(self)
+
+    def __repr__(self) -> str:
+        where = layer_label(self.layer, self.n_layers)
+        return f"VectorMap({len(self.owners)} vectors of {len(self.tasks)} tasks, {where}: {', '.join(self.axes)})"
 
     def _repr_html_(self) -> str:
         return html_table(self.to_pandas(), f"{layer_label(self.layer, self.n_layers)}: {self.axes[0]}, {self.axes[1]}")

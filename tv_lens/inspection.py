@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TokenTable:
     """The tokens of one prompt, in order.
 
@@ -42,6 +42,9 @@ class TokenTable:
     def plot(self) -> go.Figure:
         """The prompt as it is written, colored by role, with a frame around the tokens that are edited."""
         return figure(self)
+
+    def __repr__(self) -> str:
+        return f"TokenTable({self.model}: {len(self.tokens)} tokens, {sum(self.edited)} of them edited; {self.bos})"
 
     def __str__(self) -> str:
         table = self.to_pandas()

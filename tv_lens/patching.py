@@ -11,17 +11,18 @@ from operator import index
 from typing import NamedTuple, TypeAlias
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
+from torch import Tensor
 from torch.nn.functional import normalize
 
-from tv_lens.edits import Edit, Edits, Layers, Positions, Write
+from tv_lens.edits import RESID_POST, ByPrompt, Edit, Edits, Layers, Positions, Write
 from tv_lens.engines import Capability, Engine
 from tv_lens.errors import TvLensError, warn
-from tv_lens.prompts import Prompt
+from tv_lens.prompts import FreeText, PlainText, Prompt
 from tv_lens.vectors import TaskVectors, check_layer
 
 # One layer for all prompts, one for each, or several at once.
-LayerChoice: TypeAlias = int | Sequence[int] | Layers
+LayerChoice: TypeAlias = int | Sequence[int] | ByPrompt | Layers
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,75 @@ def check_type(vectors: TaskVectors) -> None:
     if not isinstance(vectors, TaskVectors):
         raise TvLensError(
             f"vectors are a {type(vectors).__name__}; pass the TaskVectors themselves, the layer is chosen by `layer`"
+        )
+
+
+def checked(
+    engine: Engine, prompts: Sequence[Prompt], vectors: TaskVectors | Tensor, layer: LayerChoice, placement: Placement
+) -> tuple[TaskVectors, Placed]:
+    """What a caller wants to write, and where; with warnings about what was probably not meant.
+
+    Raises:
+        TvLensError: something that is not a vector, vectors of other sizes than the model's or another number, or an
+            engine that cannot write.
+    """
+    task_vectors = _as_vectors(engine, vectors, layer, len(prompts))
+    placed = placement.of(task_vectors)
+    check_vectors(engine, task_vectors, len(prompts))
+    _warn_of_differences(engine, prompts, task_vectors)
+    return task_vectors, placed
+
+
+def _as_vectors(engine: Engine, vectors: TaskVectors | Tensor, layer: LayerChoice, n: int) -> TaskVectors:
+    """Task vectors as they are; a plain tensor as vectors of the residual stream, which overwrite, for the layers that
+    are written to. Its shape is (d_model,), or (prompt, d_model) for one vector per prompt.
+
+    Raises:
+        TvLensError: something else, a tensor of another shape, or a layer that the model does not have.
+    """
+    if not isinstance(vectors, Tensor):
+        check_type(vectors)
+        return vectors
+    width = engine.info.width(RESID_POST)
+    rows = vectors[None] if vectors.ndim == 1 else vectors
+    if rows.ndim != 2 or rows.shape[1] != width or len(rows) not in (1, n):
+        raise TvLensError(
+            f"a tensor of shape {tuple(vectors.shape)} cannot be written into {n} prompts of {engine.name}; give "
+            f"one of shape ({width},), or ({n}, {width}) for one vector per prompt"
+        )
+    chosen = list(layer) if isinstance(layer, Layers) else _numbers(layer, n)
+    written = sorted({chosen} if isinstance(chosen, int) else set(chosen))
+    for number in written:
+        check_layer(number, engine.n_layers, engine.name)
+    values = repeat(rows.detach().float(), "prompt width -> prompt layer width", layer=len(written))
+    return TaskVectors(values, engine.name, "tensor", method="tensor", layers=tuple(written), n_layers=engine.n_layers)
+
+
+def _warn_of_differences(engine: Engine, prompts: Sequence[Prompt], vectors: TaskVectors) -> None:
+    """Warn if vectors are written into prompts of another template, with another BOS, or into the queries at which
+    they were read.
+    """
+    others = {prompt.template for prompt in prompts if not isinstance(prompt.template, (PlainText, FreeText))}
+    others.discard(vectors.template)
+    if vectors.template is not None and others:
+        warn(
+            f"these vectors are from prompts of {vectors.template!r} and are written into {next(iter(others))!r}; a "
+            "vector may do less in another template"
+        )
+    if None not in (vectors.prepend_bos, engine.info.prepend_bos) and vectors.prepend_bos != engine.info.prepend_bos:
+        prepended = {True: "with", False: "without"}
+        warn(
+            f"these vectors are from prompts {prepended[bool(vectors.prepend_bos)]} a BOS token in front and are "
+            f"written into prompts {prepended[bool(engine.info.prepend_bos)]} one; use LocalEngine(model, prepend_bos="
+            f"{vectors.prepend_bos})"
+        )
+    # Vectors of single prompts hold other queries: substitutes, or those of the other prompts.
+    read = set(vectors.prompts) if len(vectors) == 1 and not vectors.substitutes else set()
+    repeated = [i for i, prompt in enumerate(prompts) if prompt.examples and prompt.text in read]
+    if repeated:
+        warn(
+            f"prompt {repeated[0]} (and {len(repeated) - 1} more) is one of those that the vectors are from, read at "
+            "its own query: they may hold its answer, not only the task; use other prompts, or substitute queries"
         )
 
 
@@ -196,6 +266,7 @@ def _rows_by_layer(
         by_layer: dict[int, frozenset[int] | None] = dict.fromkeys(layer)
     else:
         chosen = _numbers(layer, n)
+        _ask_about(layer, chosen)
         if vectors.usage.span != "one":
             if not isinstance(chosen, int):
                 raise TvLensError(f"{vectors!r} are written at several layers at once; give one layer for all prompts")
@@ -215,10 +286,22 @@ def _rows_by_layer(
     return by_layer
 
 
-def _numbers(layer: int | Sequence[int], n: int) -> int | list[int]:
+def _ask_about(layer: int | Sequence[int] | ByPrompt, chosen: int | list[int]) -> None:
+    """Warn of a list that could mean either of two things."""
+    if not isinstance(chosen, int) and not isinstance(layer, ByPrompt) and len(set(chosen)) > 1:
+        text = ", ".join(map(str, chosen[:4])) + (", ..." if len(chosen) > 4 else "")
+        warn(
+            f"layer=[{text}] is read as one layer for each of {len(chosen)} prompts; write by_prompt({text}) if you "
+            f"mean that, or layers({text}) for every prompt at all of them"
+        )
+
+
+def _numbers(layer: int | Sequence[int] | ByPrompt, n: int) -> int | list[int]:
     """One number, or one for each prompt; NumPy's and torch's count as numbers."""
+    shown = layer.numbers if isinstance(layer, ByPrompt) else layer
     problem = TvLensError(
-        f"layer is {layer!r}; give one int, or one int for each of the {n} prompts, or layers(3, 7) for several at once"
+        f"layer is {shown!r}; give one int, or one int for each of the {n} prompts by by_prompt(3, 7), or layers(3, 7) "
+        "for several at once"
     )
     if isinstance(layer, bool):
         raise problem

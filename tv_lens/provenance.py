@@ -30,7 +30,7 @@ class Term:
         return f"{self.factor:g} * {self.task} ({self.method})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Provenance:
     """Where vectors come from. `str` writes it as a sum of terms.
 
@@ -49,6 +49,10 @@ class Provenance:
     bos: str | None = None
     versions: Mapping[str, str] = field(default_factory=versions)
     terms: tuple[Term, ...] = ()
+
+    def __repr__(self) -> str:
+        substitutes = sum(map(len, self.substitutes))
+        return f"Provenance({self}; {len(self.prompts)} prompts, {substitutes} substitute queries, {self.template!r})"
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.terms)) + f", of {self.model}"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TopTokens:
     """The most likely tokens of each vector at one layer, most likely first."""
 
@@ -46,6 +46,11 @@ class TopTokens:
     def plot(self) -> go.Figure:
         """The probability of each token, one bar each."""
         return figure(self)
+
+    def __repr__(self) -> str:
+        rows = [", ".join(map(repr, row[:8])) + (", ..." if len(row) > 8 else "") for row in self.tokens[:3]]
+        more = f"; and those of {len(self.tokens) - 3} more vectors" if len(self.tokens) > 3 else ""
+        return f"TopTokens({self.task!r} at {layer_label(self.layer, self.n_layers)}: {'; '.join(rows)}{more})"
 
     def _repr_html_(self) -> str:
         table = self.to_pandas()
@@ -77,6 +82,11 @@ def top_tokens(model: Model, vectors: TaskVectors, layer: int, k: int = 10) -> T
         5
     """
     engine = engine_for(model)
+    if not isinstance(vectors, TaskVectors):
+        raise TvLensError(
+            f"top_tokens takes task vectors, not a {type(vectors).__name__}; write "
+            "top_tokens(model, extract(model, prompts, substitutes).mean(), layer)"
+        )
     if vectors.site != RESID_POST:
         raise TvLensError(f"these are vectors of {vectors.site}; only the residual stream can be read as tokens")
     vectors.check_constant()

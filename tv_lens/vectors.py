@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from einops import rearrange
@@ -24,6 +24,7 @@ from tv_lens.provenance import Option, Provenance, Term, merged_versions, versio
 from tv_lens.vector_files import HUB_FILE, Content, download, encode, read, upload
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 
@@ -138,6 +139,43 @@ class TaskVectors:
 
     def __len__(self) -> int:
         return self.values.shape[0]
+
+    def __getitem__(self, chosen: SupportsIndex | slice | Sequence[int] | Tensor) -> TaskVectors:
+        """The vectors of some of the prompts, as task vectors; a negative number counts from the last prompt.
+
+        Raises:
+            IndexError: a prompt that the vectors do not have.
+            TvLensError: vectors that belong to positions and cannot be chosen from, or none left.
+        """
+        if self.usage.per_position:
+            raise TvLensError(
+                f"{self!r} has a vector for each position, and these are used together; its `values` are a tensor"
+            )
+        rows: list[int] = torch.arange(len(self), device="cpu")[chosen].reshape(-1).tolist()
+        if not rows:
+            raise TvLensError(f"no vector of {self!r} is left by [{chosen!r}]")
+        read = rows if len(self.prompts) == len(self) else range(len(self.prompts))
+        return replace(
+            self,
+            values=self.values[rows],
+            prompts=tuple(self.prompts[row] for row in read),
+            substitutes=tuple(self.substitutes[row] for row in read) if self.substitutes else (),
+        )
+
+    def __iter__(self) -> Iterator[TaskVectors]:
+        """The vectors of one prompt after the other."""
+        return (self[i] for i in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """`numpy.asarray(vectors)`: a copy of `values`."""
+        return self.values.numpy().copy() if dtype is None else self.values.numpy().astype(dtype)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """`torch.as_tensor(vectors)`: a copy of `values`."""
+        return self.values.clone().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[Any, int]:
+        return self.values.__dlpack_device__()
 
     def __repr__(self) -> str:
         site = "" if self.site == RESID_POST else f", {self.site}"
@@ -284,6 +322,18 @@ class TaskVectors:
         )
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | int) -> TaskVectors:
+        """Every vector divided by a number.
+
+        Raises:
+            TvLensError: 0, NaN or infinity.
+        """
+        if isinstance(divisor, bool) or not isinstance(divisor, (float, int)):
+            return NotImplemented
+        if not divisor or not math.isfinite(divisor):
+            raise TvLensError(f"a vector divided by {divisor} is not a vector; divide by a finite number other than 0")
+        return self * (1 / divisor)
 
     def __neg__(self) -> TaskVectors:
         """The negated vectors: `-1 * vectors`."""

@@ -50,7 +50,7 @@ from tv_lens.cli.options import (
     TemplateText,
     Under,
 )
-from tv_lens.cli.output import records, show
+from tv_lens.cli.output import records, resumable, show
 from tv_lens.tasks.halves import train_dev_test
 
 # The methods that are compared by default. The others are compared with the first.
@@ -115,21 +115,22 @@ def compare(
         train_dev_test(task, n_train, n_dev, n_test, shots=shots, seed=drawn[0], template=wording.format())
     methods = {name: method_of(choice, substitutes, across=False) for name, choice in choices.items()}
     engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
-    comparison = tv.compare(
-        engine,
-        chosen,
-        methods,
-        shots=shots,
-        n_train=n_train,
-        n_dev=n_dev,
-        n_test=n_test,
-        seeds=drawn,
-        strengths=factors,
-        template=wording.format(engine),
-        max_new_tokens=1 if first_token else max_new_tokens,
-        layers=tried,
-        folder=folder,
-    )
+    with resumable(folder):
+        comparison = tv.compare(
+            engine,
+            chosen,
+            methods,
+            shots=shots,
+            n_train=n_train,
+            n_dev=n_dev,
+            n_test=n_test,
+            seeds=drawn,
+            strengths=factors,
+            template=wording.format(engine),
+            max_new_tokens=1 if first_token else max_new_tokens,
+            layers=tried,
+            folder=folder,
+        )
     if save is not None:
         comparison.save(save)
     if report is not None:

@@ -14,6 +14,7 @@ from tv_lens.cli.checks import (
     UsageError,
     check_folder,
     check_model,
+    check_plots,
     check_results,
     check_writable,
     chosen_methods,
@@ -53,7 +54,7 @@ from tv_lens.cli.options import (
     TemplateText,
     Under,
 )
-from tv_lens.cli.output import records, show
+from tv_lens.cli.output import records, resumable, show
 from tv_lens.tasks.halves import train_dev_test
 
 
@@ -86,6 +87,7 @@ def run(
         Path | None, typer.Option(help="Keep each finished task here, and resume from it after an interrupt.")
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write everything as .json, or the tidy table as .parquet.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page with tables and figures as .html.")] = None,
     shots: Shots = 5,
     n_train: Annotated[
         int | None,
@@ -125,6 +127,9 @@ def run(
     chosen = with_rule(chosen_tasks(names, options) if names else tasks_in(category), rule)
     if save is not None:
         check_writable(save, (".json", ".parquet"))
+    if report is not None:
+        check_writable(report, (".html",))
+        check_plots()
     if folder is not None:
         check_folder(folder)
     wording = Wording.of(template, separator, chat=chat, one_turn=one_turn, system=system)
@@ -135,25 +140,28 @@ def run(
         train_dev_test(task, n_train, n_dev, n_test, shots=shots, seed=seed, template=wording.format())
     methods = {name: method_of(choice, substitutes, across) for name, choice in choices.items()}
     engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
-    experiment = tv.run_experiment(
-        engine,
-        chosen,
-        shots=shots,
-        n_train=n_train,
-        n_dev=n_dev,
-        n_test=n_test,
-        seed=seed,
-        layers=tried,
-        strengths=factors,
-        substitutes=substitutes,
-        across=across,
-        methods=methods or None,
-        template=wording.format(engine),
-        max_new_tokens=1 if first_token else max_new_tokens,
-        folder=folder,
-    )
+    with resumable(folder):
+        experiment = tv.run_experiment(
+            engine,
+            chosen,
+            shots=shots,
+            n_train=n_train,
+            n_dev=n_dev,
+            n_test=n_test,
+            seed=seed,
+            layers=tried,
+            strengths=factors,
+            substitutes=substitutes,
+            across=across,
+            methods=methods or None,
+            template=wording.format(engine),
+            max_new_tokens=1 if first_token else max_new_tokens,
+            folder=folder,
+        )
     if save is not None:
         experiment.save(save)
+    if report is not None:
+        experiment.report(report)
     settings = experiment.settings
     show(
         experiment.summary(),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import tv_lens as tv
@@ -15,6 +18,20 @@ if TYPE_CHECKING:
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return json.loads(table.to_json(orient="records"))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def resumable(folder: Path | None) -> Iterator[None]:
+    """If the user interrupts, say how to resume."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder is None:
+            advice = "with --folder, finished tasks would be kept and the same command would resume"
+        else:
+            advice = f"the same command resumes from {folder}"
+        print(f"tv-lens: interrupted; {advice}", file=sys.stderr)
+        raise
 
 
 def show(table: pd.DataFrame | list[dict[str, Any]], data: Any, as_json: bool, title: str | None = None) -> None:

@@ -216,6 +216,9 @@ class TaskPlan:
 def _plans(engine: Engine, tasks: Sequence[Task], design: Design) -> list[TaskPlan]:
     if isinstance(tasks, Task):
         raise TvLensError(f"tasks are one task; give a list, [{tasks!r}]")
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise TvLensError(f"tasks hold a {type(task).__name__}, {task!r:.60}; give Task objects: library()[name]")
     names = [task.name for task in tasks]
     if not tasks or len(set(names)) < len(names):
         raise TvLensError(f"tasks are {names}; give at least one, each with a different name")

@@ -23,6 +23,7 @@ from tv_lens.evidence.statistics import (
     smallest_detectable,
 )
 from tv_lens.files import from_typed_json, read_whole, to_json, write_whole
+from tv_lens.tasks.describe import some
 from tv_lens.vectors import TaskVectors, depth, layers_text
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ PLAIN = "no vector"
 _UNPATCHED = ("zero-shot", "few-shot")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Score:
     """Predictions beside the expected answers, and which of them the task accepts.
 
@@ -69,6 +70,9 @@ class Score:
     def interval(self) -> tuple[float, float]:
         """The exact (Clopper-Pearson) 95% interval of the accuracy, for queries drawn independently."""
         return exact_interval(self.correct)
+
+    def __repr__(self) -> str:
+        return f"Score({self}, {len(self.correct)} prompts)"
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -123,10 +127,12 @@ class Choice(NamedTuple):
         return str(self.layer) if self.strength == 1 else f"{self.layer} (x {self.strength:g})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sweep:
     """Scores of the same prompts patched at each of several layers of a model with `n_layers` of them, with vectors
     written `strength` times as strongly as they are meant to be.
+
+    The texts of the scores are the beginnings of answers: a sweep stops each answer once its rule has decided.
     """
 
     layers: tuple[int, ...]
@@ -190,12 +196,26 @@ class Sweep:
         """Accuracy by layer with its intervals, and lines for `zero_shot` and `few_shot` if they are given."""
         return figure(self, zero_shot=zero_shot, few_shot=few_shot)
 
+    def __repr__(self) -> str:
+        strength = "" if self.strength == 1 else f", strength {self.strength:g}"
+        return (
+            f"Sweep({len(self.layers)} layers, {len(self.scores[0].correct)} prompts; "
+            f"best {self.best}: {self.at(self.best)}{strength})"
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"{layer:5d}  {score.accuracy:.2f}  {'#' * round(40 * score.accuracy)}{' <- best' * (layer == self.best)}"
+            for layer, score in zip(self.layers, self.scores, strict=True)
+        ]
+        return "\n".join(["layer  accuracy", *(line.rstrip() for line in lines)])
+
     def _repr_html_(self) -> str:
         tied = f", tied with {list(self.ties[1:])}" if len(self.ties) > 1 else ""
         return html_table(self.to_pandas(), f"best layer {self.best}: {self.at(self.best)}{tied}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """Scores of the same prompts under several conditions, patched at one layer (or at several at once).
 
@@ -303,12 +323,19 @@ class Evaluation:
         """Accuracy by condition with its intervals."""
         return figure(self)
 
+    def __repr__(self) -> str:
+        accuracies = ", ".join(f"{name} {score.accuracy:.2f}" for name, score in self.conditions.items())
+        return f"Evaluation(at layer {layers_text(self.layer)}, {len(self.patched.correct)} prompts; {accuracies})"
+
+    def __str__(self) -> str:
+        return _as_text(self.to_pandas())
+
     def _repr_html_(self) -> str:
         title = f"patched at layer {self.layer}, {len(self.patched.correct)} prompts; p: patched against the condition"
         return html_table(self.to_pandas(), title, {"p_value": "{:.1g}"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Conflict:
     """Answers to the same few-shot prompts, as they are and with a rival task's vector written in; each scored
     as answers to the demonstrated task and as answers to the rival.
@@ -348,12 +375,22 @@ class Conflict:
         """Accuracy as either task, without and with the vector."""
         return figure(self)
 
+    def __repr__(self) -> str:
+        return (
+            f"Conflict(demonstrations of {self.task!r}, vector of {self.rival!r} at layer {layers_text(self.layer)}; "
+            f"{self.task} {self.plain_task.accuracy:.2f} -> {self.patched_task.accuracy:.2f}, "
+            f"{self.rival} {self.plain_rival.accuracy:.2f} -> {self.patched_rival.accuracy:.2f})"
+        )
+
+    def __str__(self) -> str:
+        return _as_text(self.to_pandas())
+
     def _repr_html_(self) -> str:
         title = f"demonstrations of {self.task}, vector of {self.rival} at layer {self.layer}"
         return html_table(self.to_pandas(), title)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Conditions:
     """Scores by condition, and in each by the vector that was written, "no vector" first."""
 
@@ -394,6 +431,12 @@ class Conditions:
         """Accuracy by condition and vector, with intervals."""
         return figure(self)
 
+    def __repr__(self) -> str:
+        return f"Conditions({', '.join(self.scores)}; {', '.join(self.vectors)})"
+
+    def __str__(self) -> str:
+        return _as_text(self.to_pandas())
+
     def _repr_html_(self) -> str:
         return html_table(self.to_pandas(), f"p: against {PLAIN!r}, McNemar's exact test", {"p_value": "{:.1g}"})
 
@@ -408,7 +451,7 @@ class Cost:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TaskResult:
     """What an experiment measured for one task and method: the sweep on dev prompts, the evaluation on test prompts,
     those prompts' texts, and the test prompts' queries. `other_task` is the task whose vector was the control.
@@ -467,6 +510,12 @@ class TaskResult:
         """The sweep on dev prompts, with the zero-shot and few-shot accuracy on test prompts."""
         return figure(self)
 
+    def __repr__(self) -> str:
+        return f"TaskResult({self.task!r}, {self.method!r}, {self.evaluation!r})"
+
+    def __str__(self) -> str:
+        return str(self.evaluation)
+
     def _repr_html_(self) -> str:
         return self.evaluation._repr_html_()
 
@@ -487,7 +536,7 @@ def tied_choices(sweeps: Sequence[Sweep], preferred: Choice | None = None) -> tu
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Experiment:
     """The results of `run_experiment`, with everything it takes to repeat it in `settings`, and each task's vector (by
     the task's name, or "task, method" if there are several methods).
@@ -623,6 +672,14 @@ class Experiment:
         """
         write_report(self, path)
 
+    def __repr__(self) -> str:
+        tasks = list(dict.fromkeys(result.task for result in self.results))
+        methods = ", ".join(dict.fromkeys(result.method for result in self.results))
+        return f"Experiment({self.settings['model']}, {len(tasks)} tasks: {some(tasks)}; {methods})"
+
+    def __str__(self) -> str:
+        return str(self.summary().to_string(index=False))
+
     def _repr_html_(self) -> str:
         about = ", ".join(f"{name} {self.settings[name]}" for name in ("model", "scoring", "shots", "seed"))
         return html_table(self.summary(), about)
@@ -638,6 +695,12 @@ class _Saved:
 
 def _layer_text(evaluation: Evaluation) -> str:
     return layers_text(evaluation.layer) + ("" if evaluation.strength == 1 else f" x {evaluation.strength:g}")
+
+
+def _as_text(table: pd.DataFrame) -> str:
+    """A table as it is printed: accuracies with two digits, p-values with one."""
+    p_values = {"p_value": lambda p: f"{p:.1g}"} if "p_value" in table else {}
+    return str(table.to_string(index=False, float_format="{:.2f}".format, formatters=p_values, na_rep=""))
 
 
 def _mean(numbers: Sequence[float]) -> float:

@@ -9,12 +9,15 @@ from typing import Any
 from tv_lens.errors import TvLensError
 from tv_lens.prompts import PromptFormat, format_from_dict
 from tv_lens.provenance import Option
+from tv_lens.tasks.describe import some
 
+# The settings that are shown first.
+_SHOWN = ("model", "method", "shots", "n_train", "n_dev", "n_test", "seed", "scoring", "max_new_tokens")
 # The settings that tell the rows of several experiments apart.
 IDENTIFYING = ("model", "scoring", "method", "shots", "seed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Settings:
     """What an experiment was run with. Fields can be read by name (`settings["shots"]`), too.
 
@@ -62,6 +65,10 @@ class Settings:
             raise TvLensError(f"layers {self.layers[:12]} are not those of a model with {self.n_layers} layers")
         if set(self.tasks) - set(self.data) or set(self.tasks) - set(self.rules):
             raise TvLensError("each task has a fingerprint of its data, and a rule")
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={self[name]!r}" for name in _SHOWN)
+        return f"Settings({shown}, {len(self.tasks)} tasks: {some(self.tasks)}, ...)"
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.keys():

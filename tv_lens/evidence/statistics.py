@@ -13,6 +13,7 @@ docs/statistics.md has the formulas, and how often the intervals cover the truth
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
@@ -353,22 +354,25 @@ def _interval_of_numbers(seeds: list[Sample], confidence: float, distinct: float
     """The widest of t over seeds, and t and the bias-corrected and accelerated bootstrap over queries. The latter two
     are wider by the square root of how often a query is repeated on average.
     """
-    from scipy.stats import bootstrap
+    from scipy.stats import DegenerateDataWarning, bootstrap
 
     values, mean = np.sort(np.concatenate(seeds)), _mean(seeds)
     if len(values) == 1:
         return Interval(-math.inf, math.inf)
     intervals = [_t_interval(_means(seeds), confidence), _t_interval(values, confidence)]
     if np.ptp(values) > 1e-12 * np.abs(values).max():
-        low, high = bootstrap(
-            (values,),
-            np.mean,
-            n_resamples=_RESAMPLES,
-            batch=max(1, 2**20 // len(values)),
-            confidence_level=1 - 2 * _tail(1 - confidence, len(values)),
-            method="BCa",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
+        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+            # Without an acceleration the ends are NaN, and the other intervals are used.
+            warnings.simplefilter("ignore", DegenerateDataWarning)
+            low, high = bootstrap(
+                (values,),
+                np.mean,
+                n_resamples=_RESAMPLES,
+                batch=max(1, 2**20 // len(values)),
+                confidence_level=1 - 2 * _tail(1 - confidence, len(values)),
+                method="BCa",
+                rng=np.random.default_rng(0),
+            ).confidence_interval
         if math.isfinite(low) and math.isfinite(high):
             intervals.append(Interval(float(low), float(high)))
     center = math.fsum(values) / len(values)  # not the mean, for seeds of unequal length

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from tv_lens.engines import Model
 
 
+def _no_answer(text: str) -> str:
+    """The answer of a task without a function; no such task can be made."""
+    raise TvLensError(f"there is no answer to {text!r}")
+
+
 @dataclass(frozen=True, repr=False)
 class Task:
     """A finite list of different inputs, the function that answers them, and what counts as correct.
@@ -40,13 +45,18 @@ class Task:
 
     name: str
     inputs: tuple[str, ...]
-    answer: Callable[[str], str]
+    answer: Callable[[str], str] = _no_answer
     accepts: Accepts | Rule = starts_with
     accepted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     category: str = ""
     accepted_for: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.answer is _no_answer or isinstance(self.inputs, (str, Mapping)) or not callable(self.answer):
+            raise TvLensError(
+                f"task {self.name!r} is made of texts and a function that answers them, Task({self.name!r}, texts, "
+                f"function); for a table of pairs write Task.from_mapping({self.name!r}, {{'hot': 'cold', ...}})"
+            )
         object.__setattr__(self, "inputs", tuple(self.inputs))
         check_characters(self.name, (self.name, *self.inputs))
         repeated = [text for text, count in Counter(self.inputs).items() if count > 1]
@@ -141,6 +151,11 @@ class Task:
         Raises:
             TvLensError: an input or an answer is not a text.
         """
+        if not isinstance(mapping, Mapping):
+            raise TvLensError(
+                f"task {name!r}: a mapping is a dictionary from input to output, not a {type(mapping).__name__}; write "
+                f"Task.from_mapping({name!r}, dict(pairs)) for a list of pairs, or Task.from_records for dictionaries"
+            )
         table: dict[str, tuple[str, ...]] = {}
         for text, output in mapping.items():
             answers = [output] if isinstance(output, str) else output
