@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,11 @@ import tv_lens as tv
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 FUNCTIONS = [name for name in tv.__all__ if inspect.isfunction(getattr(tv, name))]
+CLASSES = [name for name in tv.__all__ if inspect.isclass(getattr(tv, name))]
 
 
 def source_of(function: Callable[..., Any]) -> ast.FunctionDef:
-    [node] = ast.parse(inspect.cleandoc("\n" + inspect.getsource(function))).body
+    [node] = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     assert isinstance(node, ast.FunctionDef)
     return node
 
@@ -33,8 +35,8 @@ def parameters(node: ast.FunctionDef) -> list[str]:
 
 def section(docstring: str, name: str) -> str:
     """The body of a section of a docstring in Google's style, "" without one."""
-    found_section = re.search(rf"^{name}:\n((?:[ \n].*\n?)+)", docstring + "\n", re.M)
-    return "" if found_section is None else inspect.cleandoc("\n" + found_section[1])
+    match = re.search(rf"^{name}:\n((?:[ \n].*\n?)+)", docstring + "\n", re.M)
+    return "" if match is None else textwrap.dedent(match[1])
 
 
 def described(docstring: str) -> list[str]:
@@ -54,11 +56,49 @@ def test_a_models_type_is_never_any(name: str) -> None:
             assert parameter.annotation == ("object" if name == "engine_for" else "Model")
 
 
+def described_by(function: Callable[..., Any]) -> tuple[list[str], bool, bool]:
+    """Which parameters a docstring describes, and whether it says what is returned and raised."""
+    docstring = inspect.getdoc(function) or ""
+    return described(docstring), bool(section(docstring, "Returns")), bool(section(docstring, "Raises"))
+
+
+def expected_of(function: Callable[..., Any]) -> tuple[list[str], bool]:
+    """The parameters, and whether anything is returned."""
+    node = source_of(function)
+    return parameters(node), not (isinstance(node.returns, ast.Constant) and node.returns.value is None)
+
+
+def raises(function: Callable[..., Any]) -> bool:
+    return any(isinstance(each, ast.Raise) and each.exc for each in ast.walk(source_of(function)))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_say_what_they_take_return_and_raise(name: str) -> None:
     function = getattr(tv, name)
-    node, docstring = source_of(function), inspect.getdoc(function) or ""
-    assert described(docstring) == parameters(node)
-    assert section(docstring, "Returns")
-    if any(isinstance(each, ast.Raise) for each in ast.walk(node)):
-        assert section(docstring, "Raises")
+    args, returned, raised = described_by(function)
+    assert (args, returned) == expected_of(function)
+    assert raised or not raises(function)
+
+
+def own_methods(kind: type) -> list[Callable[..., Any]]:
+    """Public methods with parameters that no base class has: these are described there."""
+    inherited = {name for base in kind.__mro__[1:] for name in vars(base)}
+    members = {name: getattr(kind, name) for name in vars(kind) if not name.startswith("_") and name not in inherited}
+    functions = [each for each in members.values() if inspect.isfunction(each) or inspect.ismethod(each)]
+    return [each for each in functions if parameters(source_of(each))]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_methods_say_what_they_take_return_and_raise(name: str) -> None:
+    for method in own_methods(getattr(tv, name)):
+        args, returned, raised = described_by(method)
+        assert (args, returned) == expected_of(method), method.__qualname__
+        assert raised or not raises(method), method.__qualname__
+
+
+WITHOUT_EXAMPLES = [name for name in CLASSES if issubclass(getattr(tv, name), Exception)]
+
+
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS, *CLASSES} - {*WITHOUT_EXAMPLES}))
+def test_examples_are_shown(name: str) -> None:
+    assert ">>> " in section(inspect.getdoc(getattr(tv, name)) or "", "Examples")

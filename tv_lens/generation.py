@@ -95,11 +95,20 @@ def sample(*, temperature: float = 1.0, top_k: int | None = None, top_p: float |
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Completions(Sequence[str]):
-    """The answers, as a sequence of texts.
+    """The answers, as a sequence of texts. What `generate` and `patch_generate` return.
 
     An answer to a `Prompt` is cut at the prompt's separator and stripped of white space; the continuation of a plain
-    string is kept as it is. `tokens[i]` are the ids that were chosen for prompt `i`, including the separator or the end
-    of text; rows that ended earlier than the longest are filled with the tokenizer's padding id.
+    string is kept as it is.
+
+    Attributes:
+        texts: the answers.
+        tokens: the ids that were chosen for each prompt, including the separator or the end of text; rows that ended
+            earlier than the longest are filled with the tokenizer's padding id.
+
+    Examples:
+        >>> answers = tv.generate(model, prompts, max_new_tokens=2)
+        >>> len(answers), answers[0] == answers.texts[0], answers.tokens.shape
+        (4, True, torch.Size([4, 2]))
     """
 
     texts: tuple[str, ...]

@@ -62,8 +62,20 @@ def similarity(a: TaskVectors, b: TaskVectors, layer: int) -> Float[Tensor, "a b
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Similarities:
-    """The cosines between vectors of several tasks at one layer: `cosines[i, j]` of vectors `i` and `j`, which
-    belong to `tasks[owners[i]]` and `tasks[owners[j]]`. A vector is never compared with itself.
+    """The cosines between vectors of several tasks at one layer. A vector is never compared with itself. What
+    `compare_tasks` returns.
+
+    Attributes:
+        layer: the layer.
+        tasks: the tasks' names.
+        owners: vector `i` belongs to `tasks[owners[i]]`.
+        cosines: of vectors `i` and `j`.
+        n_layers: the number of the model's blocks.
+
+    Examples:
+        >>> other = dataclasses.replace(-vectors, task="another task")
+        >>> tv.compare_tasks([vectors, other], layer=2).matrix().shape
+        (2, 2)
     """
 
     layer: int
@@ -200,7 +212,20 @@ def compare_tasks(vectors: Sequence[TaskVectors], layer: int) -> Similarities:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class VectorMap:
-    """Vectors of several tasks laid out on a plane: `points[i]` belongs to `tasks[owners[i]]`."""
+    """Vectors of several tasks laid out on a plane. What `map_vectors` returns.
+
+    Attributes:
+        layer: the layer.
+        tasks: the tasks' names.
+        owners: `points[i]` belongs to `tasks[owners[i]]`.
+        points: two coordinates for each vector.
+        axes: the names of the axes.
+        n_layers: the number of the model's blocks.
+
+    Examples:
+        >>> tv.map_vectors([vectors], layer=2).tasks
+        ('upper',)
+    """
 
     layer: int
     tasks: tuple[str, ...]

@@ -17,11 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class TokenTable:
-    """The tokens of one prompt, in order.
+    """The tokens of one prompt, in order. What `show_tokens` returns.
 
-    `positions` count from the end, -1 is the last token. `roles` say what each token is for: "bos", "input",
-    "separator" (between input and output), "output", "boundary" (between demonstrations), "query" or "template".
-    `edited` says whether an edit would write to it. `bos` says what was put in front of the text, and why.
+    Attributes:
+        model: the model's name.
+        tokens: as they are written.
+        ids: their numbers.
+        positions: counted from the end; -1 is the last token.
+        roles: what each token is for: "bos", "input", "separator" (between input and output), "output", "boundary"
+            (between demonstrations), "query" or "template".
+        edited: whether an edit would write to it.
+        bos: what was put in front of the text, and why.
+
+    Examples:
+        >>> tv.show_tokens(model, "hot ->").positions
+        (-3, -2, -1)
     """
 
     model: str

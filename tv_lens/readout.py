@@ -18,7 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class TopTokens:
-    """The most likely tokens of each vector at one layer, most likely first."""
+    """The most likely tokens of each vector at one layer, most likely first. What `top_tokens` returns.
+
+    Attributes:
+        task: the vectors' task.
+        layer: the layer.
+        tokens: as they are written.
+        ids: their numbers.
+        probabilities: of each.
+        n_layers: the number of the model's blocks.
+
+    Examples:
+        >>> top = tv.top_tokens(model, vector, layer=3, k=2)
+        >>> top.probabilities[0][0] >= top.probabilities[0][1]
+        True
+    """
 
     task: str
     layer: int

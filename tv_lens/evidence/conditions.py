@@ -25,12 +25,18 @@ Placed: TypeAlias = tuple[TaskVectors, int | Layers]
 
 @dataclass(frozen=True)
 class Condition:
-    """A way to ask: `prompts` turns few-shot prompts and a seed into the prompts that are run, into which the vector is
-    written as they are.
+    """A way to ask: few-shot prompts become the prompts that are run, into which a vector is written as they are.
 
-    `about` tells it from others of the same name in the settings of a run, such as its template.
-    `rule` replaces the task's own rule, if it is given. `every_step` adds vectors again at each
-    generated token (those that are written over something are written once).
+    Attributes:
+        name: its name in tables.
+        prompts: a function of few-shot prompts and a seed; it returns the prompts that are run.
+        rule: replaces the task's own rule, if it is given.
+        every_step: whether vectors that are added are added again at each generated token.
+        about: tells it from others of the same name in the settings of a run, such as its template.
+
+    Examples:
+        >>> zero_shot.prompts(prompts, 0)[0].shots
+        0
     """
 
     name: str
@@ -45,12 +51,21 @@ class Condition:
         return f"{self.name} ({self.about})" if self.about else self.name
 
     def task(self, task: Task) -> Task:
-        """The task under the condition's rule."""
+        """The task under the condition's rule.
+
+        Args:
+            task: any task.
+
+        Returns:
+            The task under the condition's rule.
+        """
         return task if self.rule is None else replace(task, accepts=self.rule)
 
 
 zero_shot = Condition("zero-shot", without_demonstrations)
+"""The query alone."""
 shuffled_few_shot = Condition("shuffled few-shot", shuffle_outputs)
+"""After demonstrations with permuted outputs."""
 
 
 def other_template(template: PromptFormat, name: str = "another template") -> Condition:

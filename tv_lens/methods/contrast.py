@@ -150,11 +150,16 @@ class MeanDifference(Method):
     """`mean_difference` as a method: from the inputs of the prompts' demonstrations to their outputs, each read as a
     text by itself. Each different demonstration counts once.
 
-    >>> str(MeanDifference(strength=4.0))
-    "mean_difference(strength=4.0, direction='mean')"
+    Attributes:
+        strength: as in `mean_difference`.
+        direction: "mean" or "pca".
 
     Raises:
         TvLensError: a strength that is not finite, or another direction.
+
+    Examples:
+        >>> str(MeanDifference(strength=4.0))
+        "mean_difference(strength=4.0, direction='mean')"
     """
 
     name: ClassVar[str] = "mean_difference"
@@ -186,11 +191,15 @@ class MeanDifference(Method):
 class InContextVector(Method):
     """`in_context_vector` as a method, of all different demonstrations of the prompts.
 
-    >>> str(InContextVector())
-    'in_context_vector(strength=0.1)'
+    Attributes:
+        strength: as in `in_context_vector`.
 
     Raises:
         TvLensError: a strength that is not finite.
+
+    Examples:
+        >>> str(InContextVector())
+        'in_context_vector(strength=0.1)'
     """
 
     name: ClassVar[str] = "in_context_vector"

@@ -111,10 +111,16 @@ def extract_across(
 
 @dataclass(frozen=True)
 class Extraction(Method):
-    """`extract` as a method: with so many substitute queries for each prompt, averaged over the prompts.
+    """`extract` as a method, averaged over the prompts.
 
-    >>> str(Extraction(substitutes=3))
-    "extract(substitutes=3, site='resid_post', positions='last')"
+    Attributes:
+        substitutes: how many substitute queries there are for each prompt.
+        site: as in `extract`.
+        positions: as in `extract`.
+
+    Examples:
+        >>> str(Extraction(substitutes=3))
+        "extract(substitutes=3, site='resid_post', positions='last')"
     """
 
     name: ClassVar[str] = "extract"
@@ -134,7 +140,16 @@ class Extraction(Method):
 
 @dataclass(frozen=True)
 class AcrossPrompts(Method):
-    """`extract_across` as a method."""
+    """`extract_across` as a method.
+
+    Attributes:
+        site: as in `extract`.
+        positions: as in `extract`.
+
+    Examples:
+        >>> AcrossPrompts().name
+        'extract_across'
+    """
 
     name: ClassVar[str] = "extract_across"
     site: Site = RESID_POST

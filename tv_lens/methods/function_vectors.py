@@ -109,16 +109,27 @@ def _distributed(vectors: TaskVectors, heads: tuple[Head, ...], options: dict[st
 
 @dataclass(frozen=True)
 class FunctionVector(Method):
-    """`function_vector` as a method: of the `heads` heads with the highest average effect on `n_corrupted` of the
-    prompts, or of given heads, such as a published list.
+    """`function_vector` as a method. The vectors' options hold the chosen heads, the share of known prompts and the
+    diagnosis.
 
-    With `known_only` only prompts whose answer's first token the model gets right are used, as in the paper; all of
-    them if there is none. `preselect` is the number of heads, chosen by attribution, whose exact effect is measured; 0
-    for all heads. `corruptions` is how many times each prompt is corrupted. The vectors' options hold the chosen heads,
-    the share of known prompts and the diagnosis.
+    Attributes:
+        heads: how many heads, those of the highest average effect; or given heads, such as a published list.
+        measure: as in `head_effects`.
+        how: as in `head_effects`.
+        preselect: the number of heads, chosen by attribution, whose exact effect is measured; 0 for all heads.
+        n_corrupted: on how many of the prompts effects are measured.
+        corruptions: how many times each of them is corrupted.
+        known_only: whether only prompts whose answer's first token the model gets right are used, as in the paper; all
+            of them if there is none.
+        distributed: as in `function_vector`.
 
     Raises:
         TvLensError: no heads, or a count out of range.
+
+    Examples:
+        >>> method = FunctionVector(heads=((1, 0), (2, 3)), known_only=False)
+        >>> method(model, task, prompts, 0).values.shape
+        torch.Size([1, 4, 32])
     """
 
     name: ClassVar[str] = "function_vector"
@@ -166,7 +177,17 @@ class FunctionVector(Method):
         return [Read(prompt, HEADS, judged) for prompt in prompts]
 
     def effects(self, engine: Engine, prompts: Sequence[Prompt], vectors: TaskVectors, seed: int) -> HeadEffects:
-        """The effects that choose the heads, from what `read_heads` gives for the prompts."""
+        """The effects that choose the heads, from what `read_heads` gives for the prompts.
+
+        Args:
+            engine: what runs the model.
+            prompts: few-shot prompts.
+            vectors: what `read_heads` gives for the prompts.
+            seed: of the corruption.
+
+        Returns:
+            The effects that choose the heads.
+        """
         asked, seeds = prompts[: self.n_corrupted], range(seed, seed + self.corruptions)
         if not self.preselect:
             return head_effects(engine, asked, vectors, measure=self.measure, how=self.how, seeds=seeds)
@@ -191,6 +212,10 @@ class FunctionVector(Method):
 class MeanState(Method):
     """The mean residual stream at the last token of the prompts, added instead of written over: the layer averages that
     Todd et al. 2024 compare function vectors with.
+
+    Examples:
+        >>> MeanState()(model, task, prompts, 0).op
+        'add'
     """
 
     name: ClassVar[str] = "mean_state"

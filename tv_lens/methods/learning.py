@@ -50,8 +50,17 @@ _UNIFORM = 0.1
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Learned:
-    """Learned vectors and how they were learned. `vectors` are the best of each layer by validation accuracy, then by
-    validation loss; without validation prompts those after the last epoch.
+    """Learned vectors and how they were learned. What `learn` returns.
+
+    Attributes:
+        vectors: the best of each layer by validation accuracy, then by validation loss; without validation prompts
+            those after the last epoch.
+        curve: losses and validation accuracy by epoch and layer.
+
+    Examples:
+        >>> learned = tv.learn(model, prompts, layers=[2], epochs=0)
+        >>> learned.vectors.layers
+        (2,)
     """
 
     vectors: TaskVectors
@@ -232,12 +241,18 @@ def _rates(engine: Engine, prompts: Sequence[Prompt], layers: Sequence[int], lr:
 
 @dataclass(frozen=True)
 class LearnedVector(Method):
-    """`learn` as a method. An experiment tries the `keep` layers with the highest validation accuracy, because the
-    prompts it was trained on would choose the layer that memorizes best; None tries all, and so does a training without
-    validation.
+    """`learn` as a method. Fields that are not below are those of `learn`.
 
-    `start` may also be "extract", the vector that `Extraction` reads, or "shift", the mean difference between the
-    residual streams after few-shot and zero-shot prompts, which Yang et al. add as the extracted vector.
+    Attributes:
+        start: as in `learn`, or "extract", the vector that `Extraction` reads, or "shift", the mean difference between
+            the residual streams after few-shot and zero-shot prompts, which Yang et al. add as the extracted vector.
+        keep: how many layers an experiment tries, those with the highest validation accuracy, because the prompts that
+            the vector was trained on would choose the layer that memorizes best. None tries all, and so does a training
+            without validation.
+
+    Examples:
+        >>> LearnedVector(layers=[1, 2], epochs=2).uses_answers
+        True
     """
 
     name: ClassVar[str] = "learn"
@@ -320,7 +335,12 @@ class LearnedVector(Method):
 
 @dataclass(frozen=True)
 class DistilledVector(LearnedVector):
-    """`LearnedVector` with the objective "few-shot" under another name, so that an experiment can have both."""
+    """`LearnedVector` with the objective "few-shot" under another name, so that an experiment can have both.
+
+    Examples:
+        >>> DistilledVector(layers=[2]).objective
+        'few-shot'
+    """
 
     name: ClassVar[str] = "learn_few_shot"
     objective: Objective = "few-shot"

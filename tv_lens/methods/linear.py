@@ -128,8 +128,15 @@ def _check_penalty(penalty: float) -> None:
 class LinearVector(Method):
     """`linear_vector` as a method.
 
+    Attributes:
+        penalty: as in `linear_vector`.
+
     Raises:
         TvLensError: a penalty that is not a positive number.
+
+    Examples:
+        >>> str(LinearVector())
+        'linear_vector(penalty=5.0)'
     """
 
     name: ClassVar[str] = "linear_vector"

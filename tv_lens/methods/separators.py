@@ -152,10 +152,15 @@ def _separators_of(prompts: Sequence[Prompt]) -> int:
 
 @dataclass(frozen=True)
 class SeparatorVectors(Method):
-    """`separator_vectors` as a method: with so many substitute queries for each prompt.
+    """`separator_vectors` as a method.
 
-    >>> str(SeparatorVectors(substitutes=1, own=True))
-    'separator_vectors(substitutes=1, own=True)'
+    Attributes:
+        substitutes: how many substitute queries there are for each prompt.
+        own: as in `separator_vectors`.
+
+    Examples:
+        >>> str(SeparatorVectors(substitutes=1, own=True))
+        'separator_vectors(substitutes=1, own=True)'
     """
 
     name: ClassVar[str] = "separator_vectors"

@@ -100,11 +100,16 @@ def _check(last: int, momentum: float | None) -> None:
 class StateVectors(Method):
     """`state_vectors` as a method.
 
-    >>> str(StateVectors(last=7))
-    'state_vectors(last=7, momentum=None)'
+    Attributes:
+        last: as in `state_vectors`.
+        momentum: as in `state_vectors`.
 
     Raises:
         TvLensError: `last` or `momentum` out of range.
+
+    Examples:
+        >>> str(StateVectors(last=7))
+        'state_vectors(last=7, momentum=None)'
     """
 
     name: ClassVar[str] = "state_vectors"

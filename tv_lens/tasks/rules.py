@@ -63,11 +63,22 @@ class Rule:
 
     @staticmethod
     def of(rule: Accepts | Rule) -> Rule:
-        """The rule itself, or a function wrapped under its name (an empty one for lambdas, closures and the like)."""
+        """The rule itself, or a function wrapped under its name (an empty one for lambdas, closures and the like).
+
+        Args:
+            rule: a rule, or a function.
+
+        Returns:
+            A rule; its name is empty for lambdas, closures and the like.
+        """
         return rule if isinstance(rule, Rule) else Rule(_function_name(rule), rule, decide=_decide_of(rule))
 
     def check_named(self, task: str) -> None:
-        """Raise TvLensError if a resumed run could not tell this rule from another."""
+        """Raise TvLensError if a resumed run could not tell this rule from another.
+
+        Args:
+            task: the task's name, for the message.
+        """
         if not self.is_named:
             raise TvLensError(
                 f"task {task!r}: its rule is {self.accepts!r}, which has no name, so a run kept in a folder "
