@@ -79,7 +79,7 @@ def other_template(template: PromptFormat, name: str = "another template") -> Co
         A condition for `across_conditions` and `compare`.
 
     Examples:
-        >>> other_template(tv.Template("Q: {input}\nA: {output}")).name
+        >>> other_template(tv.Template("Q: {input}\\nA: {output}")).name
         'another template'
     """
     return Condition(name, _queries_in(template), about=str(template.to_dict()))

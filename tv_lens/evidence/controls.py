@@ -45,7 +45,7 @@ class Treatment:
 
 class Control(ABC):
     """A kind of control. A custom one derives from this class and defines `__call__`, which gets a `Treatment` and
-    returns vectors, or None if it does not apply ([how to](../extending.md#a-control)).
+    returns vectors, or None if it does not apply (see `docs/extending.md`).
 
     An experiment calls those with `runs_model` together with the methods, so that they share reads; they get no other
     task's vector.

@@ -40,7 +40,7 @@ class Read:
 
 class Method(ABC):
     """A way to make task vectors. A custom one is a frozen dataclass that derives from this class and defines
-    `__call__`, a function of engine, task, prompts and seed that returns vectors ([how to](../extending.md#a-method)).
+    `__call__`, a function of engine, task, prompts and seed that returns vectors (see `docs/extending.md`).
     Its fields are its options.
 
     Attributes:

@@ -49,9 +49,9 @@ class ChatTemplate(PromptFormat):
         TvLensError: an unknown layout.
 
     Examples:
-        >>> chat = ChatTemplate("<s>", "[User] ", " [Bot] ", "\n", " [Bot]")
+        >>> chat = ChatTemplate("<s>", "[User] ", " [Bot] ", "\\n", " [Bot]")
         >>> chat.write([tv.Example("hot", "cold")], "big")
-        '<s>hot [Bot] cold\n[User] big [Bot]'
+        '<s>hot [Bot] cold\\n[User] big [Bot]'
     """
 
     head: str
