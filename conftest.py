@@ -32,7 +32,19 @@ def names_of_examples() -> dict[str, Any]:
     }
 
 
+@functools.cache
+def an_experiment() -> Any:
+    import tv_lens as tv
+
+    names = names_of_examples()
+    return tv.run_experiment(names["model"], [names["task"]], shots=2, n_dev=2, n_test=2, max_new_tokens=1, layers=[2])
+
+
 @pytest.fixture(autouse=True)
 def _names_of_examples(request: pytest.FixtureRequest) -> None:
     if isinstance(request.node, pytest.DoctestItem):
-        request.getfixturevalue("doctest_namespace").update(names_of_examples())
+        names = names_of_examples()
+        code = "".join(example.source for example in request.node.dtest.examples)
+        if "experiment." in code and "experiment =" not in code:
+            names = names | {"experiment": an_experiment()}
+        request.getfixturevalue("doctest_namespace").update(names)

@@ -35,7 +35,7 @@ def parameters(node: ast.FunctionDef) -> list[str]:
 
 def section(docstring: str, name: str) -> str:
     """The body of a section of a docstring in Google's style, "" without one."""
-    match = re.search(rf"^{name}:\n((?:[ \n].*\n?)+)", docstring + "\n", re.M)
+    match = re.search(rf"^{name}:\n((?: .*\n|\n)+)", docstring + "\n", re.M)
     return "" if match is None else textwrap.dedent(match[1])
 
 

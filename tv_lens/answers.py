@@ -38,7 +38,7 @@ def first_token(model: Model, template: PromptFormat = PAPER, task: Task | None 
     Args:
         model: a bridge, or an engine to control batch size and BOS.
         template: how the prompts are written.
-        task: the task whose answers are told apart; None judges the first token.
+        task: the task whose answers are to be distinguished; None judges the first token.
 
     Returns:
         The rule. Its `tokens` are how many tokens must be generated.

@@ -388,6 +388,10 @@ def add(strength: float = 1.0, *, every_step: bool = False, keep_norm: bool = Fa
 
     Returns:
         A value for `how=`.
+
+    Examples:
+        >>> str(add(4.0, every_step=True))
+        'add(4, every_step=True)'
     """
     return Write("add", float(strength), every_step, keep_norm)
 
@@ -402,6 +406,10 @@ def rotate(strength: float = 0.1, *, every_step: bool = True) -> Write:
 
     Returns:
         A value for `how=`.
+
+    Examples:
+        >>> str(rotate(0.1))
+        'rotate(0.1, every_step=True)'
     """
     return Write("rotate", float(strength), every_step)
 

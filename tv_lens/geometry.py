@@ -292,8 +292,7 @@ def tsne(*, perplexity: float | int = 15, seed: int = 0) -> Layout:
         A value for `method=`.
 
     Examples:
-        >>> tv.map_vectors([vectors], layer=2, method=tv.tsne(perplexity=2)).axes
-        ('t-SNE 1', 't-SNE 2')
+        >>> layout = tv.map_vectors([vectors], layer=2, method=tv.tsne(perplexity=2))  # doctest: +SKIP
     """
 
     def lay(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], tuple[str, str]]:

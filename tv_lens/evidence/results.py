@@ -535,8 +535,8 @@ class Cost:
         seconds: how long it took.
 
     Examples:
-        >>> Cost(positions=918, seconds=2.8).positions
-        918
+        >>> Cost(positions=918.0, seconds=2.8).positions
+        918.0
     """
 
     positions: float
@@ -565,7 +565,6 @@ class TaskResult:
         cost: of the vectors; None if they were made by an earlier run.
 
     Examples:
-        >>> experiment = tv.run_experiment(model, [task], shots=2, n_dev=2, n_test=2, max_new_tokens=1, layers=[2])
         >>> experiment.results[0].sweep.layers, experiment.results[0].tried
         ((2,), 1)
     """
@@ -654,7 +653,6 @@ class Experiment:
         vectors: each task's vector, by the task's name, or "task, method" if there are several methods.
 
     Examples:
-        >>> experiment = tv.run_experiment(model, [task], shots=2, n_dev=2, n_test=2, max_new_tokens=1, layers=[2])
         >>> [result.task for result in experiment.results], list(experiment.vectors)
         (['upper'], ['upper'])
     """

@@ -41,7 +41,6 @@ class Settings:
         controls_choose: whether every control chose its own layer (it did not in 0.1).
 
     Examples:
-        >>> experiment = tv.run_experiment(model, [task], shots=2, n_dev=2, n_test=2, max_new_tokens=1, layers=[2])
         >>> experiment.settings["shots"], experiment.settings.scoring
         (2, 'first token')
     """

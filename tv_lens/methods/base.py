@@ -48,7 +48,7 @@ class Method(ABC):
 
     Examples:
         >>> tv.Extraction(substitutes=1)(model, task, prompts, 0).values.shape
-        torch.Size([1, 4, 32])
+        torch.Size([4, 4, 32])
     """
 
     name: ClassVar[str]

@@ -111,7 +111,7 @@ def extract_across(
 
 @dataclass(frozen=True)
 class Extraction(Method):
-    """`extract` as a method, averaged over the prompts.
+    """`extract` as a method. An experiment takes the mean over the prompts.
 
     Attributes:
         substitutes: how many substitute queries there are for each prompt.
