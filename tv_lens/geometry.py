@@ -264,6 +264,9 @@ def pca(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], tuple[str, st
     Returns:
         Two coordinates for each row, and a name for each axis.
 
+    Raises:
+        MissingExtraError: the extra `maps` is not installed.
+
     Examples:
         >>> points, axes = tv.pca(vectors.at(2).numpy())
         >>> points.shape
@@ -290,6 +293,10 @@ def tsne(*, perplexity: float | int = 15, seed: int = 0) -> Layout:
 
     Returns:
         A value for `method=`.
+
+    Raises:
+        TvLensError: a perplexity that is not less than the number of vectors, when the map is made.
+        MissingExtraError: the extra `maps` is not installed, when the map is made.
 
     Examples:
         >>> layout = tv.map_vectors([vectors], layer=2, method=tv.tsne(perplexity=2))  # doctest: +SKIP

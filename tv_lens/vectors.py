@@ -602,6 +602,7 @@ class TaskVectors:
         It does not know the positions that the vectors are meant for, and it cannot add to the first block.
 
         Args:
+            path: where to write.
             layers: the layers to export; None for all that have a vector, except layer 0.
             strength: what the vectors are multiplied by; None for the strength they are meant to be written with.
             model_hint: the model's architecture, such as "llama", as a note in the file; None for its name.

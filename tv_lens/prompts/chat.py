@@ -90,7 +90,10 @@ class ChatTemplate(PromptFormat):
             layout: "turns", or "one turn" with all demonstrations in a single message.
             before_answer: what each of the assistant's messages begins with, such as "Answer: ".
             template: how demonstrations are written in the layout "one turn".
-            options: passed to the tokenizer's `apply_chat_template`, for example `enable_thinking=False`.
+            **options: passed to the tokenizer's `apply_chat_template`, for example `enable_thinking=False`.
+
+        Returns:
+            A prompt format.
 
         Raises:
             UnsupportedError: the tokenizer has no chat template.

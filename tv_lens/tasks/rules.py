@@ -78,6 +78,9 @@ class Rule:
 
         Args:
             task: the task's name, for the message.
+
+        Raises:
+            TvLensError: a resumed run could not tell this rule from another.
         """
         if not self.is_named:
             raise TvLensError(
