@@ -214,6 +214,9 @@ class Engine(ABC):
 
         Returns:
             An independent past.
+
+        Raises:
+            UnsupportedError: the engine cannot continue a pass.
         """
         raise UnsupportedError(self.cannot(Capability.CONTINUE))
 
@@ -226,6 +229,9 @@ class Engine(ABC):
 
         Returns:
             The past of only these rows; None if it cannot be taken apart.
+
+        Raises:
+            UnsupportedError: the engine cannot continue a pass.
         """
         raise UnsupportedError(self.cannot(Capability.CONTINUE))
 
@@ -240,6 +246,9 @@ class Engine(ABC):
 
         Returns:
             The most likely tokens of each vector and their probabilities; on the CPU.
+
+        Raises:
+            UnsupportedError: the engine cannot reach the unembedding.
         """
         raise UnsupportedError(self.cannot(Capability.READOUT))
 
@@ -255,6 +264,9 @@ class Engine(ABC):
 
         Returns:
             One vector for each head, on the CPU.
+
+        Raises:
+            UnsupportedError: the engine cannot reach heads.
         """
         raise UnsupportedError(self.cannot(Capability.PROJECT))
 
