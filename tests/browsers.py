@@ -26,6 +26,7 @@ def open_browser() -> Iterator[Any]:
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     actual = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    actual.implicitly_wait(20)  # a page unpacks its figures before it draws them
     yield actual
     actual.quit()
 

@@ -115,6 +115,62 @@ def test_a_task_opens_with_its_figure_and_answers(browser: Any, page: Path, expe
     assert browser.get_log("browser") == []
 
 
+def wait_for_text_in(browser: Any, color: str) -> None:
+    """Until the figure's text has this color."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    script = "return document.querySelector('[data-figure=overview]').layout.font.color"
+    WebDriverWait(browser, 20).until(lambda _: browser.execute_script(script) == color)
+
+
+def test_figures_have_the_colors_of_the_page(browser: Any, page: Path) -> None:
+    browser.get(page.as_uri())
+    browser.find_element("css selector", "[data-figure=overview] .gtitle")
+    wait_for_text_in(browser, "#1A1A1A")
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    try:
+        wait_for_text_in(browser, "#E8E8E8")
+        assert browser.find_element("css selector", "body").value_of_css_property("color") == "rgba(232, 232, 232, 1)"
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    wait_for_text_in(browser, "#1A1A1A")
+    assert browser.get_log("browser") == []
+
+
+def test_everything_is_printed(browser: Any, page: Path) -> None:
+    """All tasks are open with their figures, none wider than a page; afterward they are closed again."""
+    browser.get(page.as_uri())
+    browser.find_element("css selector", "[data-figure=overview] .gtitle")
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert browser.find_elements("css selector", "details[id][open]") == browser.find_elements(
+        "css selector", "details[id]"
+    )
+    widths = browser.execute_script(
+        "return [...document.querySelectorAll('[data-figure]')].map(each => each.layout.width)"
+    )
+    assert widths == [1000] * 3
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    browser.implicitly_wait(0)
+    assert browser.find_elements("css selector", "details[id][open]") == []
+    browser.implicitly_wait(20)
+    assert browser.get_log("browser") == []
+
+
+def test_every_figure_has_words_and_a_table(browser: Any, page: Path, experiment: tv.Experiment) -> None:
+    browser.get(page.as_uri())
+    figures = browser.find_elements("css selector", "[data-figure]")
+    assert all(each.get_attribute("role") == "img" and each.get_attribute("aria-label") for each in figures)
+    browser.find_element("css selector", "#results a").click()
+    browser.find_element("css selector", "#task-1 details.numbers summary").click()
+    rows = texts(browser, "#task-1 details.numbers tbody tr td:nth-child(3)")
+    assert rows == [f"{score.accuracy:.2f}" for score in experiment.results[0].sweep.scores]
+
+
+def test_the_page_is_small(page: Path) -> None:
+    assert page.stat().st_size < 2_000_000
+
+
 SETTINGS = {
     "as it comes": {},
     "across, some layers, another template": {

@@ -8,7 +8,7 @@ from tv_lens.evidence.comparisons import Comparison
 from tv_lens.evidence.settings import Settings
 from tv_lens.vectors import layers_text
 from tv_lens.views.comparison_tables import by_method_table, conditions_table, estimates_table
-from tv_lens.views.pages import describe_controls, describe_format, for_script, write_page
+from tv_lens.views.pages import describe_controls, describe_format, write_page
 from tv_lens.views.plots import plot
 from tv_lens.views.repeating import own_method, repeat_code
 
@@ -23,12 +23,12 @@ def write_comparison(comparison: Comparison, path: str | Path) -> None:
     write_page(
         path,
         "comparison.html",
+        {"overview": plot(comparison)},
         settings=comparison.settings,
         seeds=comparison.seeds,
         first=comparison.methods[0],
         facts=_facts(comparison),
         by_method=by_method_table(comparison),
-        overview=for_script(plot(comparison)),
         estimates=estimates_table(comparison),
         conditions=conditions_table(comparison),
         template=describe_format(comparison.settings.template),

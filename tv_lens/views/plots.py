@@ -133,7 +133,9 @@ def plot_experiment(experiment: Experiment) -> go.Figure:
     each control on the patched bar.
     """
     results = experiment.results
-    tasks = [plain(result.task) for result in results]
+    several = len({result.method for result in results}) > 1
+    labels = {id(result): plain(f"{result.task}, {result.method}" if several else result.task) for result in results}
+    tasks = list(labels.values())
     figure = new_figure(f"Accuracy by task, {experiment.settings['model']}, {experiment.settings['scoring']}")
     for name, (color, pattern) in LOOKS.items():
         scores = [result.evaluation.conditions[name] for result in results]
@@ -142,7 +144,7 @@ def plot_experiment(experiment: Experiment) -> go.Figure:
     for i, name in enumerate(controls):
         having = [result for result in results if name in result.evaluation.controls]
         figure.add_scatter(
-            y=[plain(result.task) for result in having],
+            y=[labels[id(result)] for result in having],
             x=[result.evaluation.controls[name].accuracy for result in having],
             customdata=[str(result.evaluation.controls[name]) for result in having],
             hovertemplate="%{y}, control " + plain(name) + ": %{customdata}<extra></extra>",
@@ -150,9 +152,10 @@ def plot_experiment(experiment: Experiment) -> go.Figure:
             orientation="h",
             offsetgroup="patched",
             marker={
-                "symbol": SYMBOLS[1 + i % (len(SYMBOLS) - 1)],
-                "size": 9,
-                "color": "#FFFFFF",
+                # Empty and of different sizes, so that symbols at the same spot can be told apart.
+                "symbol": f"{SYMBOLS[1 + i % (len(SYMBOLS) - 1)]}-open",
+                "size": max(15 - 4 * i, 5),
+                "color": "#000000",
                 "line": {"color": "#000000", "width": 1.5},
             },
             name=f"control: {plain(name)}",

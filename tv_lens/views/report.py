@@ -9,10 +9,10 @@ from typing import Any
 
 from tv_lens.errors import UnsupportedError
 from tv_lens.evidence.comparisons import Comparison
-from tv_lens.evidence.results import Evaluation, Experiment, TaskResult
+from tv_lens.evidence.results import Evaluation, Experiment, Sweep, TaskResult
 from tv_lens.vectors import depth, layers_text
 from tv_lens.views.comparison_page import write_comparison
-from tv_lens.views.pages import describe_controls, describe_format, for_script, write_page
+from tv_lens.views.pages import describe_controls, describe_format, write_page
 from tv_lens.views.plots import plot
 from tv_lens.views.repeating import repeat_code
 
@@ -44,17 +44,18 @@ def write_experiment(experiment: Experiment, path: str | Path) -> None:
     """
     controls = list(dict.fromkeys(name for result in experiment.results for name in result.evaluation.controls))
     tests = experiment.tests().to_dict("records")
+    figures = {f"figure-{i}": plot(result) for i, result in enumerate(experiment.results, start=1)}
     tasks = [_task(experiment, result, test) for result, test in zip(experiment.results, tests, strict=True)]
     write_page(
         path,
         "report.html",
+        {"overview": plot(experiment), **figures},
         settings=experiment.settings,
         controls=controls,
         descriptions=describe_controls(controls),
         template=describe_format(experiment.settings.template),
         tasks=tasks,
         has_ties=any(task["ties"] for task in tasks),
-        overview=for_script(plot(experiment)),
         n_over_zero_shot=sum(task["beats_zero_shot"] for task in tasks),
         n_over_all=sum(task["beats_controls"] for task in tasks),
         repeat=repeat_code(experiment),
@@ -84,10 +85,15 @@ def _task(experiment: Experiment, result: TaskResult, test: dict[Any, Any]) -> d
         "table": _conditions(scores),
         "beats_zero_shot": scores.patched.accuracy > scores.zero_shot.accuracy and scores.p_value < 0.05,
         "beats_controls": bool(scores.controls) and test["p_controls_holm"] < 0.05,
-        "figure": for_script(plot(result)),
+        "swept": [_swept(sweep) for sweep in (result.sweep, *result.other_sweeps)],
         "prompt": result.test_prompts[0],
         "answers": {"right": _shown(right), "wrong": _shown(wrong)},
     }
+
+
+def _swept(sweep: Sweep) -> dict[str, Any]:
+    """What the figure of a task shows, as a table."""
+    return {"strength": sweep.strength, "rows": sweep.to_pandas().to_dict("records")}
 
 
 def _conditions(scores: Evaluation) -> list[dict[Any, Any]]:
