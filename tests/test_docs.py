@@ -146,7 +146,7 @@ PAGES = (
 def test_the_code_of_a_page_runs(page: str, llama: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its named blocks, one after the other, with fewer prompts and tokens to be quick."""
     monkeypatch.chdir(tmp_path)
-    Path("antonym.json").write_text('{"hot": "cold", "big": "small", "wet": "dry"}')
+    Path("antonym.json").write_text('{"hot": "cold", "big": "small", "wet": "dry", "up": "down", "on": "off"}')
     Path("top_heads.json").write_text('{"top_heads": [[2, 1], [0, 3]]}')
     words = tuple(f"{a}{b}" for a in "abcdef" for b in "uvwx")
     known: dict[str, Any] = {

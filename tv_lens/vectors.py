@@ -309,7 +309,11 @@ class TaskVectors:
         return self.values[:, self.layers.index(layer)].clone()
 
     def check_constant(self) -> None:
-        """Raise TvLensError if what is written depends on the prompt, so that there is no vector to look at."""
+        """Raise TvLensError if what is written depends on the prompt, so that there is no vector to look at.
+
+        Raises:
+            TvLensError: what is written depends on the prompt, so that there is no vector to look at.
+        """
         if self.maps is not None:
             raise TvLensError(
                 f"{self!r} depends on the prompt that it is written into, and its values are only the intercept of a "
@@ -674,6 +678,9 @@ class TaskVectors:
 
         Args:
             other: other vectors.
+
+        Raises:
+            TvLensError: the others were read from another model, site or layers.
         """
         if self.model != other.model or (self.n_layers, self.width) != (other.n_layers, other.width):
             raise TvLensError(
@@ -699,6 +706,9 @@ class TaskVectors:
             model: the model's name.
             n_layers: the number of its blocks.
             width: the width of the site.
+
+        Raises:
+            TvLensError: the vectors cannot be of that model: another depth or another width.
         """
         if (self.n_layers, self.width) != (n_layers, width):
             raise TvLensError(
