@@ -55,8 +55,9 @@ def table() -> str:
     return "\n".join(head + [f"| {', '.join(sorted(names))} | {' | '.join(row)} |" for row, names in groups.items()])
 
 
-def test_the_readme_has_this_table() -> None:
-    assert table() in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+def test_the_readme_and_the_page_on_models_have_this_table(page: str) -> None:
+    assert table() in (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
 
 
 @cache

@@ -289,10 +289,12 @@ def test_files_need_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         TaskVectors.from_gguf(tmp_path / "v.gguf", model="m", n_layers=4)
 
 
-def test_the_page_on_contrasts_runs(llama: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_on_contrasts_run(llama: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[1] / "docs" / "contrast.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python (\w+)\n(.*?)^```$", page, re.M | re.S)
+    docs = Path(__file__).parents[1] / "docs"
+    pages = ("methods/mean_difference.md", "methods/in_context.md", "contrast.md")
+    text = "\n".join((docs / page).read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"^```python (\w+)\n(.*?)^```$", text, re.M | re.S)
     assert [name for name, _ in blocks] == ["mean", "turned", "experiment", "export", "import"]
     task = tv.Task("upper", tuple(f"{a}{b}" for a in "abcd" for b in "stuv"), str.upper)
     engine = tv.LocalEngine(llama.bridge, progress=False)

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from models import Twins
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -72,6 +74,7 @@ def test_the_readmes_session_gives_what_it_shows(demo: TransformerBridge) -> Non
         known[short] = tv.extract(known["model"], prompts, task.substitutes(prompts, 2, seed=0))
     session = doctest.DocTestParser().get_doctest(block("pycon"), known, "README", None, 0)
     assert len(session.examples) == 4
+    assert block("pycon") == block("pycon", (ROOT / "docs" / "meaning.md").read_text(encoding="utf-8"))
     assert doctest.DocTestRunner().run(session).failed == 0
 
 
@@ -125,6 +128,50 @@ def test_the_page_on_comparing_runs(llama: Twins, tmp_path: Path, monkeypatch: p
     assert tv.Comparison.load("comparison.json") == known["comparison"]
     assert {path.name for path in tmp_path.iterdir()} == {"results", "comparison.html", "comparison.json"}
     assert set(known["methods"]) == {"extract", "extract, added", "learn", "learn, overwritten"}
+
+
+PAGES = (
+    "concepts.md",
+    "getting_started.md",
+    "coming_from.md",
+    "evidence.md",
+    "meaning.md",
+    "methods/extraction.md",
+    "methods/mean_state.md",
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.filterwarnings("ignore:these vectors were read from:tv_lens.TvLensWarning")
+def test_the_code_of_a_page_runs(page: str, llama: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its named blocks, one after the other, with fewer prompts and tokens to be quick."""
+    monkeypatch.chdir(tmp_path)
+    Path("antonym.json").write_text('{"hot": "cold", "big": "small", "wet": "dry", "up": "down", "on": "off"}')
+    Path("top_heads.json").write_text('{"top_heads": [[2, 1], [0, 3]]}')
+    words = tuple(f"{a}{b}" for a in "abcdef" for b in "uvwx")
+    known: dict[str, Any] = {
+        "tv": tv,
+        "bridge": llama.bridge,
+        "model": tv.LocalEngine(llama.bridge, progress=False),
+        "task": tv.Task("upper", words, str.upper),
+        "other_task": tv.Task("double", words, lambda text: text * 2),
+        "control": SimpleNamespace(directions={layer: torch.ones(32) for layer in (3, 2, 1)}),
+        "steering": SimpleNamespace(layer_activations={layer: torch.ones(32) for layer in (0, 1)}),
+    }
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python \w+\n(.*?)^```$", text, re.M | re.S)
+    assert blocks
+    for code in blocks:
+        code = re.sub(r"(sample\()(?!1\b)\d+", r"\g<1>4", re.sub(r"(n_dev=|n_test=)\d+", r"\g<1>2", code))
+        for options in ("n_dev=", "dev=prompts"):
+            code = code.replace(f" {options}", f" max_new_tokens=1, {options}")
+        exec(code, known)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.stem)
+def test_code_without_a_name_is_python(path: Path) -> None:
+    for code in re.findall(r"^```python\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S):
+        compile(code, path.name, "exec")
 
 
 @pytest.mark.parametrize(

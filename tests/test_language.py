@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sorted(path for name in ("tv_lens", "tests", "examples") for path in (ROOT / name).rglob("*.py"))
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "tv_lens").rglob("*.html")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tv_lens").rglob("*.html")])
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 # Each with what to write instead.

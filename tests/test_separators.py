@@ -214,11 +214,13 @@ def test_another_number_of_separators_is_refused_before_the_model_runs(
         separator_vectors(engine, no_separator, SUBSTITUTES, own=True)
 
 
-def test_the_page_on_several_vectors_runs(llama: Twins) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "several_vectors.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python (\w+)\n(.*?)^```$", page, re.M | re.S)
-    assert [name for name, _ in blocks] == ["prompts", "linear", "separators", "states", "experiment"]
-    known: dict[str, Any] = {"model": tv.LocalEngine(llama.bridge, progress=False), "task": TASK}
+def test_the_pages_on_several_vectors_run(llama: Twins) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    pages = ("methods/linear.md", "methods/separators.md", "methods/states.md", "several_vectors.md")
+    text = "\n".join((docs / page).read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"^```python (\w+)\n(.*?)^```$", text, re.M | re.S)
+    assert [name for name, _ in blocks] == ["linear", "separators", "states", "experiment"]
+    known: dict[str, Any] = {"tv": tv, "model": tv.LocalEngine(llama.bridge, progress=False), "task": TASK}
     for _, code in blocks:
         code = re.sub(r"(sample\(|n_dev=|n_test=)\d+", r"\g<1>4", code)  # fewer prompts and tokens, to be quick
         exec(code.replace("n_dev=", "max_new_tokens=1, n_dev="), known)

@@ -22,7 +22,7 @@ from .edits import (
     overwrite,
     rotate,
 )
-from .engines import Engine, LocalEngine, RemoteEngine, Tokens, engine_for, vllm_engine
+from .engines import Engine, LocalEngine, Model, RemoteEngine, Tokens, engine_for, vllm_engine
 from .errors import EngineError, GridError, MissingExtraError, TvLensError, TvLensWarning, UnsupportedError
 from .evidence.comparing import compare
 from .evidence.comparisons import Comparison
@@ -122,6 +122,7 @@ __all__ = [
     "MeanState",
     "Method",
     "MissingExtraError",
+    "Model",
     "OtherTask",
     "Patch",
     "PlainText",

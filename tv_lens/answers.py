@@ -25,16 +25,28 @@ from tv_lens.vectors import TaskVectors
 
 
 def first_token(model: Model, template: PromptFormat = PAPER, task: Task | None = None) -> Rule:
-    """A rule for the paper's protocol: whether the answer's first token was generated, as `model` writes the answer
-    after `template`'s query. What `starts_with` accepts is correct as well.
+    """A rule for the paper's protocol: was the answer's first token generated, as `model` writes the answer after
+    `template`'s query? What `starts_with` accepts is correct as well.
 
     Some tokenizers begin most answers of a task with the same token (a bare space before a digit). With `task` given,
-    the rule then judges the first token that tells answers apart: `rule.tokens` is how many tokens must be generated,
-    and the rule's name says so if it is more than one.
+    the rule then judges the first token that tells answers apart, and its name says so.
 
     Token ids are compared where there are any (`Completions`), else their text. A text that is only a part of a
     character is not accepted. If answers begin with a piece of their input (gerunds: "sing" of "singing"), this accepts
     a mere repetition.
+
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        template: how the prompts are written.
+        task: the task whose answers are to be distinguished; None judges the first token.
+
+    Returns:
+        The rule. Its `tokens` are how many tokens must be generated.
+
+    Examples:
+        >>> rule = tv.first_token(model, tv.PAPER, task)
+        >>> rule.name, rule.tokens
+        ('first_token', 1)
     """
     codec = engine_for(model).text
     query = template.write((), "x")
@@ -88,15 +100,35 @@ def answer_logprobs(  # noqa: PLR0913 - its options are keywords
     positions: Positions | None = None,
     keep_demonstrations: bool | None = None,
 ) -> Float[Tensor, " prompt"]:
-    """The log-probability (natural logarithm) of each prompt's answer, all of its tokens; float32, on the CPU.
+    """The log-probability of each prompt's answer: the sum over all of its tokens.
 
     Without `vectors` the prompts are run as they are. With them the queries alone are run, patched as in
-    `patch_generate`. `answers` default to the prompts' own. An answer is tokenized together with its prompt, as the
-    model would generate it; after a plain string it is appended literally, so write its leading space.
+    `patch_generate`. An answer is tokenized together with its prompt, as the model would generate it; after a plain
+    string it is appended literally, so write its leading space.
+
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompts: prompts, or plain strings with `answers`.
+        answers: one for each prompt; None takes the prompts' own.
+        vectors: what is written; None leaves the model as it is.
+        layer: needed with `vectors`, as in `patch_generate`.
+        how: as in `patch_generate`.
+        positions: as in `patch_generate`.
+        keep_demonstrations: as in `patch_generate`.
+
+    Returns:
+        Natural logarithms, one for each prompt; float32, on the CPU.
 
     Raises:
         TvLensError: a prompt without an answer, vectors without a layer, or as `patch_generate`.
         EngineError: the model's logits are NaN or infinite.
+
+    Examples:
+        >>> tv.answer_logprobs(model, prompts).shape
+        torch.Size([4])
+        >>> patched = tv.answer_logprobs(model, prompts, vectors=vector, layer=2)
+        >>> bool((patched < 0).all())
+        True
     """
     engine, given = engine_for(model), as_prompts(prompts)
     expected = expected_answers(given, answers)
@@ -186,14 +218,29 @@ def divergence(
     positions: Positions | None = None,
     keep_demonstrations: bool | None = None,
 ) -> Float[Tensor, " prompt"]:
-    """How far the patched model is from the few-shot one: KL(p_few-shot || p_patched) of the next token, in nats, for
-    each prompt; float32, on the CPU. 0 means that the vector replaces the demonstrations exactly.
+    """How far the patched model is from the few-shot one: KL(p_few-shot || p_patched) of the next token.
 
-    The keywords are those of `patch_generate`.
+    0 means that the vector replaces the demonstrations exactly.
+
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompts: prompts with demonstrations.
+        vectors: what is written: one vector for each prompt, or one for all (`vectors.mean()`).
+        layer: as in `patch_generate`.
+        how: as in `patch_generate`.
+        positions: as in `patch_generate`.
+        keep_demonstrations: as in `patch_generate`.
+
+    Returns:
+        Nats, one number for each prompt; float32, on the CPU.
 
     Raises:
         TvLensError: prompts without demonstrations, or as `patch_generate`.
         EngineError: the model's logits are NaN or infinite.
+
+    Examples:
+        >>> tv.divergence(model, prompts, vectors, 2).shape
+        torch.Size([4])
     """
     engine, whole = engine_for(model), as_prompts(prompts)
     if not all(prompt.examples for prompt in whole):

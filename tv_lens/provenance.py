@@ -34,8 +34,22 @@ class Term:
 class Provenance:
     """Where vectors come from. `str` writes it as a sum of terms.
 
-    `prompts` are the texts they were read from (each with its own query), `substitutes` the queries asked instead,
-    `method` and `options` how they were made, `bos` the token in front of every text ("" for none, None if unknown).
+    Attributes:
+        model: the model's name.
+        task: the task's name, or a formula.
+        method: how they were made.
+        options: the method's options.
+        template: how the prompts were written.
+        prompts: the texts they were read from, each with its own query.
+        substitutes: the queries asked instead.
+        prepend_bos: the setting that was used.
+        bos: the token in front of every text; "" for none, None if unknown.
+        versions: of the packages.
+        terms: what was added up, with its factors.
+
+    Examples:
+        >>> vectors.provenance.method, vectors.provenance.bos
+        ('extract', '<s>')
     """
 
     model: str

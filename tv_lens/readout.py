@@ -18,7 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class TopTokens:
-    """The most likely tokens of each vector at one layer, most likely first."""
+    """The most likely tokens of each vector at one layer, most likely first. What `top_tokens` returns.
+
+    Attributes:
+        task: the vectors' task.
+        layer: the layer.
+        tokens: as they are written.
+        ids: their numbers.
+        probabilities: of each.
+        n_layers: the number of the model's blocks.
+
+    Examples:
+        >>> top = tv.top_tokens(model, vector, layer=3, k=2)
+        >>> top.probabilities[0][0] >= top.probabilities[0][1]
+        True
+    """
 
     task: str
     layer: int
@@ -60,13 +74,26 @@ class TopTokens:
 
 
 def top_tokens(model: Model, vectors: TaskVectors, layer: int, k: int = 10) -> TopTokens:
-    """The `k` tokens that each vector at `layer` points to, read through the model's own final norm and unembedding as
-    if the model stopped there (Hendel et al. 2023, section 6). For the task's, pass `vectors.mean()`.
+    """The tokens that each vector at `layer` points to, read through the model's own final norm and unembedding as if
+    the model stopped there (Hendel et al. 2023, section 6).
+
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        vectors: vectors of the residual stream; for the task's tokens, pass `vectors.mean()`.
+        layer: the layer whose vectors are read.
+        k: how many tokens.
+
+    Returns:
+        Tokens with their probabilities, the most likely first.
 
     Raises:
         TvLensError: vectors of other sizes than the model's or of another site than the residual stream, or a layer or
             `k` out of range.
         UnsupportedError: an engine whose unembedding cannot be reached, such as a remote one.
+
+    Examples:
+        >>> len(tv.top_tokens(model, vector, layer=3, k=5).tokens[0])
+        5
     """
     engine = engine_for(model)
     if not isinstance(vectors, TaskVectors):

@@ -14,8 +14,21 @@ def shuffle_outputs(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
     """The prompts with the outputs of their demonstrations permuted, so that no demonstration keeps its own and as few
     as possible are still correct. (If most outputs are equal, some will be.)
 
+    Args:
+        prompts: prompts with two demonstrations or more.
+        seed: the same seed gives the same result.
+
+    Returns:
+        Prompts with the same queries and answers.
+
     Raises:
         TvLensError: a prompt with fewer than two demonstrations.
+
+    Examples:
+        >>> [prompt] = tv.Task.from_mapping("pairs", {"a": "1", "b": "2", "c": "3"}).sample(1, shots=2, seed=0)
+        >>> [shuffled] = shuffle_outputs([prompt], seed=0)
+        >>> [each.output for each in shuffled.examples] == [each.output for each in reversed(prompt.examples)]
+        True
     """
     draw = random.Random(f"shuffle outputs:{seed}")
     mixed = []
@@ -35,8 +48,20 @@ def shuffle_answers(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
     """The prompts with their answers permuted among them, so that no prompt keeps its own and as few as possible are
     still correct: labels without a task, for a method that learns from answers.
 
+    Args:
+        prompts: two prompts or more, with answers.
+        seed: the same seed gives the same result.
+
+    Returns:
+        Prompts with the same demonstrations and queries.
+
     Raises:
         TvLensError: fewer than two prompts, or a prompt without an answer.
+
+    Examples:
+        >>> shuffled = shuffle_answers(prompts, seed=0)
+        >>> sorted(each.answer for each in shuffled) == sorted(each.answer for each in prompts)
+        True
     """
     answers = [prompt.answer for prompt in prompts]
     if len(answers) < 2 or None in answers:
@@ -89,7 +114,19 @@ def pair_within_sides(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
 
 
 def without_demonstrations(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
-    """The queries alone, as another kind of corruption; the seed changes nothing."""
+    """The queries alone, as another kind of corruption.
+
+    Args:
+        prompts: few-shot prompts.
+        seed: changes nothing.
+
+    Returns:
+        Prompts without demonstrations.
+
+    Examples:
+        >>> {prompt.shots for prompt in without_demonstrations(prompts, seed=0)}
+        {0}
+    """
     return [prompt.zero_shot() for prompt in prompts]
 
 

@@ -31,7 +31,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, repr=False, eq=False)
 class LinearMaps:
     """For each layer a linear function of the activation, which is added together with the vector: x -> (x inward^T)
-    outward. `lengths` are the mean lengths of all that is added, on the prompts that it was made of.
+    outward.
+
+    Attributes:
+        inward: the first factor.
+        outward: the second factor.
+        lengths: the mean lengths of all that is added, on the prompts that it was made of.
+
+    Examples:
+        >>> tv.linear_vector(model, prompts).maps.outward.shape
+        torch.Size([4, 4, 32])
     """
 
     inward: Float[Tensor, "layer rank width"]
@@ -39,7 +48,14 @@ class LinearMaps:
     lengths: Float[Tensor, " layer"]
 
     def at(self, index: int) -> LinearMap:
-        """The function of the layer with this index in the vectors' `layers`."""
+        """The function of the layer with this index in the vectors' `layers`.
+
+        Args:
+            index: a number in the vectors' `layers`.
+
+        Returns:
+            The function of that layer.
+        """
         return LinearMap(self.inward[index], self.outward[index])
 
 
@@ -47,27 +63,44 @@ class LinearMaps:
 class TaskVectors:
     """One vector per prompt and layer, with their provenance.
 
-    `values[i, j]` belongs to prompt `i` and layer `layers[j]`, which is every layer unless the method made vectors for
-    some only; float32, on the CPU, in the units of the `site` they are written to. `op` is how they are meant to be
-    written: hidden states overwrite ("set"), differences and learned vectors are added ("add"). `usage` is the rest of
-    it: at which positions, at which steps, with which strength. With `maps` a linear function of the activation is
-    added as well (`linear_vector`).
-
-    At a per-head site the vectors are the outputs of `n_heads` heads one after the other. If `heads` lists (layer,
-    head) pairs, only these heads are written and all others are left as they are.
-
-    Vectors of one model can be added, subtracted and multiplied by a number. The result names everything it was made
-    of: `task` and `method` hold the formula, `prompts` and `substitutes` those of both sides, and what the sides do not
+    They can be indexed and iterated by prompt, and passed to `torch.as_tensor` and `numpy.asarray`. Vectors of one
+    model can be added, subtracted, multiplied and divided by a number. The result names everything it was made of:
+    `task` and `method` hold the formula, `prompts` and `substitutes` those of both sides, and what the sides do not
     share (a template, BOS) is None.
 
-    >>> past = TaskVectors(torch.full((1, 2, 3), 1.0), "tiny", "past")
-    >>> gerund = TaskVectors(torch.full((1, 2, 3), 4.0), "tiny", "gerund")
-    >>> moved = past + 0.5 * (gerund - past)
-    >>> moved.task, moved.values[0, 0, 0].item()
-    ('past + (0.5 * (gerund - past))', 2.5)
+    Attributes:
+        values: `values[i, j]` belongs to prompt `i` and layer `layers[j]`; float32, on the CPU, in the units of the
+            `site` they are written to. At a per-head site the outputs of `n_heads` heads come one after the other.
+        model: the model's name.
+        task: the task's name, or a formula.
+        template: how the prompts were written.
+        prompts: the texts they were read from.
+        substitutes: the queries asked instead.
+        method: how they were made.
+        prepend_bos: the setting that was used.
+        versions: of the packages.
+        site: what they are written to.
+        op: how they are meant to be written: hidden states overwrite ("set"), differences and learned vectors are added
+            ("add").
+        layers: every layer, unless the method made vectors for some only.
+        n_layers: the number of the model's blocks.
+        options: the method's options.
+        bos: the token in front of every text.
+        terms: what was added up, with its factors.
+        n_heads: the number of heads at a per-head site.
+        heads: the (layer, head) pairs that are written, if not all; the others are left as they are.
+        usage: at which positions, at which steps and with which strength they are meant to be written.
+        maps: a linear function of the activation that is added as well (`linear_vector`).
 
     Raises:
         TvLensError: values of another shape, NaN or infinity, or layers that do not fit them.
+
+    Examples:
+        >>> past = TaskVectors(torch.full((1, 2, 3), 1.0), "tiny", "past")
+        >>> gerund = TaskVectors(torch.full((1, 2, 3), 4.0), "tiny", "gerund")
+        >>> moved = past + 0.5 * (gerund - past)
+        >>> moved.task, moved.values[0, 0, 0].item()
+        ('past + (0.5 * (gerund - past))', 2.5)
     """
 
     values: Float[Tensor, "prompt layer width"]
@@ -219,7 +252,14 @@ class TaskVectors:
         return self.layers[-1:] if self.usage.span == "together" else self.layers
 
     def written_with(self, layer: int) -> tuple[int, ...]:
-        """The layers that are written to if `layer` is named: itself, or several (see `Usage`)."""
+        """The layers that are written to if `layer` is named: itself, or several (see `Usage`).
+
+        Args:
+            layer: the layer that is named.
+
+        Returns:
+            The layers that are written to: itself, or several (see `Usage`).
+        """
         if self.usage.span == "one":
             return (layer,)
         return tuple(sorted(each for each in self.layers if each <= layer or self.usage.span == "together"))
@@ -254,6 +294,12 @@ class TaskVectors:
     def at(self, layer: int) -> Float[Tensor, "prompt width"]:
         """The vectors for the output of block `layer`.
 
+        Args:
+            layer: the layer's number.
+
+        Returns:
+            The vectors for the output of that block.
+
         Raises:
             TvLensError: no such layer (negative numbers do not count from the end), or none was made for it.
         """
@@ -263,7 +309,11 @@ class TaskVectors:
         return self.values[:, self.layers.index(layer)].clone()
 
     def check_constant(self) -> None:
-        """Raise TvLensError if what is written depends on the prompt, so that there is no vector to look at."""
+        """Raise TvLensError if what is written depends on the prompt, so that there is no vector to look at.
+
+        Raises:
+            TvLensError: what is written depends on the prompt, so that there is no vector to look at.
+        """
         if self.maps is not None:
             raise TvLensError(
                 f"{self!r} depends on the prompt that it is written into, and its values are only the intercept of a "
@@ -430,6 +480,9 @@ class TaskVectors:
         """Write a safetensors file with the provenance as JSON in its header, whole or not at all. `notes` are numbers
         to keep beside the vectors, such as what making them took; `load` ignores them.
 
+        Args:
+            path: where to write.
+
         Raises:
             OSError: the folder is missing or cannot be written to.
             TvLensError: a custom prompt format that cannot be saved.
@@ -445,6 +498,12 @@ class TaskVectors:
     @classmethod
     def load(cls, path: str | Path) -> TaskVectors:
         """Read what `save` wrote, bit for bit. Nothing in the file is executed.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The vectors.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -492,7 +551,17 @@ class TaskVectors:
         token: str | None = None,
     ) -> str:
         """Upload the file that `save` writes to a repository of the Hugging Face hub, which is created if it does not
-        exist, and return the commit's address. `token` defaults to the one of `hf auth login`.
+        exist.
+
+        Args:
+            repo_id: the repository, such as "me/vectors".
+            filename: the file's name in it.
+            private: whether a new repository is private; None for the account's default.
+            revision: the branch.
+            token: by default the one of `hf auth login`.
+
+        Returns:
+            The commit's address.
 
         Raises:
             OSError: the hub refuses (huggingface_hub's HfHubHTTPError), or HF_HUB_OFFLINE is set.
@@ -508,6 +577,15 @@ class TaskVectors:
         cls, repo_id: str, filename: str = HUB_FILE, *, revision: str | None = None, token: str | None = None
     ) -> TaskVectors:
         """Read what `push_to_hub` wrote, by `load`, from the hub or from the copy kept of an earlier download.
+
+        Args:
+            repo_id: the repository.
+            filename: the file's name in it.
+            revision: a branch, tag or commit.
+            token: by default the one of `hf auth login`.
+
+        Returns:
+            The vectors.
 
         Raises:
             OSError: no such repository or file, or the hub cannot be reached; the message is huggingface_hub's.
@@ -529,6 +607,7 @@ class TaskVectors:
         It does not know the positions that the vectors are meant for, and it cannot add to the first block.
 
         Args:
+            path: where to write.
             layers: the layers to export; None for all that have a vector, except layer 0.
             strength: what the vectors are multiplied by; None for the strength they are meant to be written with.
             model_hint: the model's architecture, such as "llama", as a note in the file; None for its name.
@@ -547,9 +626,13 @@ class TaskVectors:
         and every step. The file does not say which model it is for, only a hint, which is kept in `options`.
 
         Args:
+            path: the file.
             model: the name of the model that it is used on.
             n_layers: the number of that model's blocks.
             task: a name for the vectors; by default the file's.
+
+        Returns:
+            Vectors that are meant to be added at all positions and every step.
 
         Raises:
             MissingExtraError: the `gguf` extra is not installed.
@@ -571,10 +654,19 @@ class TaskVectors:
     ) -> TaskVectors:
         """Directions that were made elsewhere, as vectors to be added at all positions and every step.
 
-        `directions` holds a tensor or an array of shape (d_model,) for each layer: `ControlVector.directions` of repeng
-        or `SteeringVector.layer_activations` of steering-vectors. In both, as here, layer l is the output of block l,
-        and a negative number counts from the last block. For the layer types "self_attn" and "mlp" of steering-vectors
-        pass `site=ATTN_OUT` and `site=MLP_OUT`.
+        Args:
+            directions: a tensor or an array of shape (d_model,) for each layer: `ControlVector.directions` of repeng or
+                `SteeringVector.layer_activations` of steering-vectors. In both, as here, layer l is the output of block
+                l, and a negative number counts from the last block.
+            model: the name of the model that they are used on.
+            n_layers: the number of that model's blocks.
+            task: a name for the vectors.
+            method: how they were made.
+            site: what they are added to. For the layer types "self_attn" and "mlp" of steering-vectors pass `ATTN_OUT`
+                and `MLP_OUT`.
+
+        Returns:
+            One vector for each layer of `directions`.
 
         Raises:
             TvLensError: no directions, different widths, NaN or infinity, a layer that the model does not have, or one
@@ -583,7 +675,14 @@ class TaskVectors:
         return cls._of(imported(directions, Source(model, n_layers, task, method, site)))
 
     def check_same_model(self, other: TaskVectors) -> None:
-        """Raise TvLensError if the others were read from another model, site or layers."""
+        """Raise TvLensError if the others were read from another model, site or layers.
+
+        Args:
+            other: other vectors.
+
+        Raises:
+            TvLensError: the others were read from another model, site or layers.
+        """
         if self.model != other.model or (self.n_layers, self.width) != (other.n_layers, other.width):
             raise TvLensError(
                 f"vectors of {self.model} ({self.n_layers} layers, d_model {self.width}) and of {other.model} "
@@ -602,7 +701,16 @@ class TaskVectors:
             )
 
     def check_fits(self, model: str, n_layers: int, width: int) -> None:
-        """Raise TvLensError if the vectors cannot be of that model: another depth or another width."""
+        """Raise TvLensError if the vectors cannot be of that model: another depth or another width.
+
+        Args:
+            model: the model's name.
+            n_layers: the number of its blocks.
+            width: the width of the site.
+
+        Raises:
+            TvLensError: the vectors cannot be of that model: another depth or another width.
+        """
         if (self.n_layers, self.width) != (n_layers, width):
             raise TvLensError(
                 f"these vectors were read from {self.model} ({self.n_layers} layers, d_model {self.width}) and "

@@ -49,17 +49,27 @@ __all__ = [
     "vllm_engine",
 ]
 
-# What public functions take as `model`: a bridge, or an engine to control batch size and BOS.
 Model: TypeAlias = TransformerBridge | RemoteBridge | Engine
+"""What public functions take as `model`: a bridge, or an engine to control batch size and BOS."""
 
 
 @singledispatch
 def engine_for(model: object) -> Engine:
-    """The engine that runs `model`: itself, a `LocalEngine` around a `TransformerBridge`, or a `RemoteEngine` around a
-    `RemoteBridge`. Other types can be registered.
+    """The engine that runs a model: itself, a `LocalEngine` around a `TransformerBridge`, or a `RemoteEngine` around a
+    `RemoteBridge`. Other types can be registered: `engine_for.register` (see `docs/extending.md`).
+
+    Args:
+        model: a bridge, an engine, or a model of a registered type.
+
+    Returns:
+        An engine; an engine is returned as it is.
 
     Raises:
         UnsupportedError: tv_lens cannot run it; the message says what to pass instead.
+
+    Examples:
+        >>> tv.engine_for(model) is model
+        True
     """
     kind = type(model).__name__
     if kind.startswith("Peft"):

@@ -49,10 +49,16 @@ class Capability(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A batch of rows, padded on the left.
+    """A batch of rows, padded on the left. For authors of engines.
 
-    `ids` are the positions to run. `mask` is 1 on every real position seen by the end of them, including those that are
-    already in the past.
+    Attributes:
+        ids: the positions to run.
+        mask: 1 on every real position seen by the end of them, including those that are already in the past.
+
+    Examples:
+        >>> batch = Tokens(torch.tensor([[0, 5], [6, 7]]), torch.tensor([[0, 1], [1, 1]]))
+        >>> batch.then(torch.tensor([8, 9])).mask.shape
+        torch.Size([2, 3])
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -67,23 +73,51 @@ class Tokens:
         return [ids[seen].tolist() for ids, seen in zip(self.ids, own, strict=True)]
 
     def then(self, chosen: Int[Tensor, " batch"]) -> Tokens:
-        """The next step: one chosen token per row, after everything seen so far."""
+        """The next step: one chosen token per row, after everything seen so far.
+
+        Args:
+            chosen: one token for each row.
+
+        Returns:
+            The next step, after everything seen so far.
+        """
         ids = rearrange(chosen, "batch -> batch 1")
         return Tokens(ids, torch.cat([self.mask, torch.ones_like(ids)], dim=1))
 
     def keep(self, rows: Sequence[int]) -> Tokens:
-        """Only some of the rows."""
+        """Only some of the rows.
+
+        Args:
+            rows: the rows that stay.
+
+        Returns:
+            A smaller batch.
+        """
         index = torch.tensor(list(rows), dtype=torch.long, device="cpu")
         return Tokens(self.ids[index], self.mask[index])
 
     def repeat(self, n: int) -> Tokens:
-        """Each row `n` times in succession."""
+        """Each row `n` times in succession.
+
+        Args:
+            n: how many times.
+
+        Returns:
+            A larger batch, in which each row appears `n` times in succession.
+        """
         return Tokens(
             repeat(self.ids, "batch pos -> (batch n) pos", n=n), repeat(self.mask, "batch seen -> (batch n) seen", n=n)
         )
 
     def check_positions(self, edits: Edits) -> None:
-        """Raise TvLensError if an edit would write into a pad, or outside the positions that are run."""
+        """Raise TvLensError if an edit would write into a pad, or outside the positions that are run.
+
+        Args:
+            edits: what will be written.
+
+        Raises:
+            TvLensError: an edit would write into a pad, or outside the positions that are run.
+        """
         width, seen = self.ids.shape[1], self.mask.shape[1]
         for edit in edits:
             inside = -edit.position <= width
@@ -111,13 +145,23 @@ class Pass:
 
 
 class Engine(ABC):
-    """Something that runs a model.
+    """Something that runs a model. A custom one derives from this class (see `docs/extending.md`); it sets the
+    attributes and defines `forward`. An engine that keeps no cache derives from `StatelessEngine` instead.
 
-    A subclass sets `info`, `text`, `capabilities`, `sites` and `limits`, and defines `forward`. An engine that keeps no
-    cache derives from `StatelessEngine` instead. `progress` turns progress bars on.
+    Attributes:
+        info: the model's name, sizes and settings.
+        text: the tokenizer.
+        capabilities: what the engine can do.
+        reasons: why it cannot do something, by capability.
+        sites: what can be read and written.
+        progress: whether progress bars are shown.
+        positions_run: the positions that the model has run, pads included; 0 in an engine that does not count.
+        shared_reads: what several methods share (see `sharing_reads`); None outside of an experiment.
 
-    `positions_run` counts the positions that the model has run, pads included; it stays 0 in an engine that does not
-    count. `shared_reads` is what several methods share (see `sharing_reads`), None outside of an experiment.
+    Examples:
+        >>> engine = tv.engine_for(model)
+        >>> engine.n_layers, engine.d_model
+        (4, 32)
     """
 
     info: ModelInfo
@@ -151,6 +195,7 @@ class Engine(ABC):
         """Run the tokens, with the edits applied.
 
         Args:
+            tokens: the batch.
             edits: what to write; their positions count from the end of `tokens`.
             read: sites to read, in float32 on the CPU, after the edits.
             weights: how much each of the last `window` positions counts in a read, which is then their weighted sum;
@@ -161,14 +206,39 @@ class Engine(ABC):
                 last positions.
             keep_past: whether the pass will be continued.
             grad: whether to keep the graph, so that gradients reach the edits' values. Parameters never get any.
+
+        Returns:
+            Logits, reads and the past.
         """
 
     def fork(self, past: Past, copies: int = 1) -> Past:
-        """An independent past with each row `copies` times in succession; `past` itself remains usable."""
+        """An independent past with each row `copies` times in succession; `past` itself remains usable.
+
+        Args:
+            past: remains usable.
+            copies: of each row, in succession.
+
+        Returns:
+            An independent past.
+
+        Raises:
+            UnsupportedError: the engine cannot continue a pass.
+        """
         raise UnsupportedError(self.cannot(Capability.CONTINUE))
 
     def select(self, past: Past, rows: Sequence[int]) -> Past | None:
-        """The past of only these rows, for which `past` is consumed; None if it cannot be taken apart."""
+        """The past of only these rows, for which `past` is consumed; None if it cannot be taken apart.
+
+        Args:
+            past: is consumed.
+            rows: the rows that stay.
+
+        Returns:
+            The past of only these rows; None if it cannot be taken apart.
+
+        Raises:
+            UnsupportedError: the engine cannot continue a pass.
+        """
         raise UnsupportedError(self.cannot(Capability.CONTINUE))
 
     def answers(
@@ -183,8 +253,17 @@ class Engine(ABC):
     def readout(
         self, vectors: Float[Tensor, "batch d_model"], k: int
     ) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"]]:
-        """The `k` most likely tokens of each vector and their probabilities, through the model's final norm and
-        unembedding; on the CPU.
+        """Tokens that vectors point to, through the model's final norm and unembedding.
+
+        Args:
+            vectors: of the residual stream.
+            k: how many tokens.
+
+        Returns:
+            The most likely tokens of each vector and their probabilities; on the CPU.
+
+        Raises:
+            UnsupportedError: the engine cannot reach the unembedding.
         """
         raise UnsupportedError(self.cannot(Capability.READOUT))
 
@@ -193,11 +272,28 @@ class Engine(ABC):
         output projection, without the projection's bias, and through the scale of a norm that follows; on the CPU.
 
         `heads` are the outputs of all heads of the layer, as read from `HEADS`.
+
+        Args:
+            heads: the outputs of all heads of the layer, as read from `HEADS`.
+            layer: the layer.
+
+        Returns:
+            One vector for each head, on the CPU.
+
+        Raises:
+            UnsupportedError: the engine cannot reach heads.
         """
         raise UnsupportedError(self.cannot(Capability.PROJECT))
 
     def layers_of(self, site: Site) -> tuple[int, ...]:
-        """The layers that have the site; all of them unless the engine says otherwise."""
+        """The layers that have the site; all of them unless the engine says otherwise.
+
+        Args:
+            site: the site.
+
+        Returns:
+            The layers that have it; all of them unless the engine says otherwise.
+        """
         return tuple(range(self.info.n_layers))
 
     @contextmanager
@@ -209,11 +305,25 @@ class Engine(ABC):
         """Whether a row gives the same reads padded to the length of another as it does alone.
 
         An engine that answers False must from then on have `limits` that do not pad rows of that length.
+
+        Args:
+            short: the ids of a row.
+            long: the ids of a longer row.
+
+        Returns:
+            Whether the first gives the same reads padded to the length of the second as it does alone.
         """
         return True
 
     def shrink(self, rows: int) -> bool:
-        """After a pass of `rows` rows ran out of memory: allow fewer from now on. False if there is no way."""
+        """After a pass of `rows` rows ran out of memory: allow fewer from now on. False if there is no way.
+
+        Args:
+            rows: of the pass that ran out of memory.
+
+        Returns:
+            Whether there is a way to allow fewer from now on.
+        """
         return False
 
     def fingerprint(self) -> str | None:
@@ -238,18 +348,39 @@ class Engine(ABC):
         return self.info.d_model
 
     def require(self, capability: Capability) -> None:
-        """Raise UnsupportedError if the engine lacks a capability; the message says what it can do."""
+        """Raise UnsupportedError if the engine lacks a capability; the message says what it can do.
+
+        Args:
+            capability: what is needed.
+
+        Raises:
+            UnsupportedError: the engine lacks it; the message says what it can do.
+        """
         if capability not in self.capabilities:
             raise UnsupportedError(self.cannot(capability))
 
     def require_site(self, site: Site) -> None:
-        """Raise UnsupportedError if the engine cannot reach a site."""
+        """Raise UnsupportedError if the engine cannot reach a site.
+
+        Args:
+            site: what is needed.
+
+        Raises:
+            UnsupportedError: the engine cannot reach it.
+        """
         if site not in self.sites:
             reachable = ", ".join(sorted(each.name for each in self.sites))
             raise UnsupportedError(f"{self.name} gives no access to {site}; it has {reachable}")
 
     def cannot(self, capability: Capability) -> str:
-        """The message about a missing capability."""
+        """The message about a missing capability.
+
+        Args:
+            capability: what is missing.
+
+        Returns:
+            The message about it.
+        """
         can = ", ".join(each.name for each in Capability if each in self.capabilities) or "nothing else"
         reason = self.reasons.get(capability, f"cannot {capability.value}; this engine has {can}")
         return f"{self.name} {reason}"

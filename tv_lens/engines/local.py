@@ -67,6 +67,11 @@ class LocalEngine(Engine):
     Raises:
         UnsupportedError: not a `TransformerBridge`, or not a decoder-only model.
         TvLensError: `batch_size` or `memory` below 1, no tokenizer, or no BOS token to prepend.
+
+    Examples:
+        >>> engine = tv.LocalEngine(model.bridge, batch_size=8, prepend_bos=False, progress=False)
+        >>> engine.info.prepend_bos
+        False
     """
 
     def __init__(

@@ -34,13 +34,17 @@ _CAPABILITIES = {Capability.PATCH, Capability.ADD, Capability.POSITIONS, Capabil
 class RemoteEngine(StatelessEngine):
     """A `RemoteBridge`: `boot_vllm` for models that outgrow one GPU, `boot_inspect` for Inspect's providers.
 
-    Rows are sent one at a time, or `batch_size` together to a vLLM booted with `enable_batching=True`, which reads
-    and generates in batches and cannot patch. Patching in vLLM takes `enable_position_interventions=True`.
+    Rows are sent one at a time, or `batch_size` together to a vLLM booted with `enable_batching=True`, which reads and
+    generates in batches and cannot patch. Patching in vLLM takes `enable_position_interventions=True`.
     `prepend_bos=None` follows the model's configuration. `progress=False` turns progress bars off.
 
     Raises:
         UnsupportedError: not a `RemoteBridge`, or not a decoder-only model.
         TvLensError: no tokenizer, or no BOS token to prepend.
+
+    Examples:
+        >>> from transformer_lens.model_bridge import RemoteBridge
+        >>> engine = tv.RemoteEngine(RemoteBridge.boot_inspect("gpt2"))  # doctest: +SKIP
     """
 
     def __init__(

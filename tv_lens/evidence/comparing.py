@@ -42,27 +42,50 @@ def compare(  # noqa: PLR0913 - its options are keywords
     executor: Executor | None = None,
 ) -> Comparison:
     """Compare how well the vectors of several methods carry tasks. The first method is the one that the others are
-    compared with. `methods` is a list, or a dictionary with names for them, if two are of one kind.
+    compared with.
 
-    For each task and seed, all methods get the same prompts: `n_train` to make vectors from, `n_dev` to choose a layer
-    and a strength on, and `n_test` that are used once. The queries of the three are different. Demonstrations of train
-    and dev prompts come from the same part of the task, so methods that are made from demonstrations may have seen dev
-    queries; those of test prompts come from the other part. A task with fewer inputs
-    gives fewer prompts of each. Vectors that are added or turned toward are tried at each of `strengths`, multiples of
-    the strength that they are meant to have; those that overwrite have none. Every control of every method chooses its
-    layer and strength in the same way.
+    For each task and seed, all methods get the same prompts, with different queries: some to make vectors from, some to
+    choose a layer and a strength on, and some that are used once. Demonstrations of train and dev prompts come from the
+    same part of the task, so methods that are made from demonstrations may have seen dev queries; those of test prompts
+    come from the other part. Every control of every method chooses its layer and strength in the same way.
 
     Each test query is asked alone (zero-shot), after demonstrations (few-shot), and with the vectors and their controls
-    written in; then in other `conditions`, by default after demonstrations with permuted outputs, and in another
-    template. Answers, the log-probability of the right answer, and the divergence of the next token from few-shot are
-    measured.
+    written in; then in other `conditions`. Answers, the log-probability of the right answer, and the divergence of the
+    next token from few-shot are measured.
 
-    With a `folder`, finished parts are kept there, in a folder for each seed, and the same call resumes. With an
-    `executor`, its workers share the tasks and seeds, as in `run_experiment`.
+    Args:
+        model: a bridge, or an engine to control batch size and BOS; with an executor a function that boots one.
+        tasks: tasks of different names.
+        methods: a list, or a dictionary with names for them, if two are of one kind.
+        shots: demonstrations of each prompt.
+        n_train: prompts to make vectors from. A task with fewer inputs gives fewer prompts of each kind.
+        n_dev: prompts to choose on.
+        n_test: prompts that are reported.
+        seeds: each draws prompts anew.
+        strengths: multiples of the strength that vectors are meant to have, of those that are added or turned toward;
+            those that overwrite have none.
+        controls: kinds of control.
+        conditions: other ways to ask; None for demonstrations with permuted outputs, and another template.
+        template: how prompts are written.
+        max_new_tokens: how many tokens an answer may have.
+        layers: the layers to try; None for all.
+        folder: keeps finished parts, in a folder for each seed; the same call resumes.
+        executor: any `concurrent.futures.Executor`, whose workers share the tasks and seeds, as in `run_experiment`.
+
+    Returns:
+        The results of all seeds, with tables and tests.
 
     Raises:
         TvLensError: no seeds or one twice, or as `run_experiment`.
         GridError: as `run_experiment`.
+
+    Examples:
+        >>> comparison = tv.compare(
+        ...     model, [task], [tv.Extraction(), tv.MeanState()], shots=2, n_train=3, n_dev=2, n_test=2, seeds=(0,),
+        ...     max_new_tokens=1, layers=[2], controls=[], conditions=[],
+        ... )
+        >>> comparison.methods
+        ('extract', 'mean_state')
     """
     named = named_methods(methods)
     if not seeds or len({int(seed) for seed in seeds}) < len(seeds):

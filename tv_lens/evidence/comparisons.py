@@ -35,10 +35,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The results of `compare`: one experiment for each seed, on the same tasks with the same methods.
+    """The results of `compare`.
+
+    Attributes:
+        experiments: one for each seed, on the same tasks with the same methods.
 
     Raises:
         TvLensError: experiments of other tasks, methods or settings, or two of one seed.
+
+    Examples:
+        >>> Comparison.load("comparison.json").summary()  # doctest: +SKIP
     """
 
     experiments: tuple[Experiment, ...]
@@ -81,6 +87,13 @@ class Comparison:
 
     def at(self, task: str, method: str) -> Cell:
         """The results of one task and method, one for each seed.
+
+        Args:
+            task: the task's name.
+            method: the method's name.
+
+        Returns:
+            Their results, one for each seed.
 
         Raises:
             TvLensError: a task or method that was not run.
@@ -203,6 +216,9 @@ class Comparison:
     def report(self, path: str | Path) -> None:
         """Write everything as one HTML page that can be read without a network, whole or not at all.
 
+        Args:
+            path: where to write the page.
+
         Raises:
             MissingExtraError: the extra `plots` is not installed.
             OSError: the folder is missing or cannot be written to.
@@ -211,6 +227,9 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         """Write everything as `.json`, which `load` reads, or `estimates()` as `.parquet` (extra `parquet`).
+
+        Args:
+            path: a path that ends with `.json` or `.parquet`.
 
         Raises:
             TvLensError: another kind of file.
@@ -232,6 +251,12 @@ class Comparison:
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
         """Read what `save` wrote as `.json`; the vectors are separate files in the comparison's folder.
+
+        Args:
+            path: a `.json` file.
+
+        Returns:
+            The comparison, without its vectors.
 
         Raises:
             OSError: the file cannot be read.

@@ -25,12 +25,18 @@ Placed: TypeAlias = tuple[TaskVectors, int | Layers]
 
 @dataclass(frozen=True)
 class Condition:
-    """A way to ask: `prompts` turns few-shot prompts and a seed into the prompts that are run, into which the vector is
-    written as they are.
+    """A way to ask: few-shot prompts become the prompts that are run, into which a vector is written as they are.
 
-    `about` tells it from others of the same name in the settings of a run, such as its template.
-    `rule` replaces the task's own rule, if it is given. `every_step` adds vectors again at each
-    generated token (those that are written over something are written once).
+    Attributes:
+        name: its name in tables.
+        prompts: a function of few-shot prompts and a seed; it returns the prompts that are run.
+        rule: replaces the task's own rule, if it is given.
+        every_step: whether vectors that are added are added again at each generated token.
+        about: tells it from others of the same name in the settings of a run, such as its template.
+
+    Examples:
+        >>> zero_shot.prompts(prompts, 0)[0].shots
+        0
     """
 
     name: str
@@ -45,22 +51,54 @@ class Condition:
         return f"{self.name} ({self.about})" if self.about else self.name
 
     def task(self, task: Task) -> Task:
-        """The task under the condition's rule."""
+        """The task under the condition's rule.
+
+        Args:
+            task: any task.
+
+        Returns:
+            The task under the condition's rule.
+        """
         return task if self.rule is None else replace(task, accepts=self.rule)
 
 
 zero_shot = Condition("zero-shot", without_demonstrations)
+"""The query alone."""
 shuffled_few_shot = Condition("shuffled few-shot", shuffle_outputs)
+"""After demonstrations with permuted outputs."""
 
 
 def other_template(template: PromptFormat, name: str = "another template") -> Condition:
-    """The queries alone in another format than the vectors were made with."""
+    """The queries alone in another format than the vectors were made with.
+
+    Args:
+        template: that format.
+        name: the condition's name in tables.
+
+    Returns:
+        A condition for `across_conditions` and `compare`.
+
+    Examples:
+        >>> other_template(tv.Template("Q: {input}\\nA: {output}")).name
+        'another template'
+    """
     return Condition(name, _QueriesIn(template), about=str(template.to_dict()))
 
 
 def free_text(text: str, name: str = "free text") -> Condition:
-    """The query in a sentence such as "The opposite of {input} is". An answer is correct if it occurs anywhere in what
-    is generated, as whole words; added vectors are added at every generated token.
+    """The query in a sentence. An answer is correct if it occurs anywhere in what is generated, as whole words; added
+    vectors are added at every generated token.
+
+    Args:
+        text: the sentence, such as "The opposite of {input} is".
+        name: the condition's name in tables.
+
+    Returns:
+        A condition for `across_conditions` and `compare`.
+
+    Examples:
+        >>> free_text("The opposite of {input} is").name
+        'free text'
     """
     return Condition(name, _QueriesIn(FreeText(text)), rule=Rule("occurs", occurs), every_step=True, about=repr(text))
 
@@ -78,8 +116,16 @@ class _QueriesIn:
 def occurs(prediction: str, answer: str) -> bool:
     """Whether the answer occurs in the prediction, as whole words.
 
-    >>> occurs("is a large, cold place", "cold"), occurs("is colder", "cold"), occurs("scold", "cold")
-    (True, False, False)
+    Args:
+        prediction: a generated text.
+        answer: the expected answer.
+
+    Returns:
+        True if it does.
+
+    Examples:
+        >>> occurs("is a large, cold place", "cold"), occurs("is colder", "cold"), occurs("scold", "cold")
+        (True, False, False)
     """
     wanted = answer.strip()
     begins = [i for i in range(len(prediction)) if wanted and prediction.startswith(wanted, i)]
@@ -101,11 +147,29 @@ def across_conditions(
     seed: int = 0,
 ) -> Conditions:
     """Score the answers to the queries of few-shot `prompts` under each condition, without a vector and with each of
-    `vectors`, which maps a name to vectors and their layer: `{"function vector": (vector, 9), "mean": (other, 20)}`.
+    `vectors`.
+
     Vectors are written the way they are meant. Use prompts that had no part in making them or in choosing the layer.
+
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        task: the task, whose rule scores the answers.
+        prompts: few-shot prompts.
+        vectors: vectors and their layer by name: `{"function vector": (vector, 9), "mean": (other, 20)}`.
+        conditions: ways to ask.
+        max_new_tokens: how many tokens an answer may have.
+        seed: the same seed gives the same result.
+
+    Returns:
+        Scores by condition and vector.
 
     Raises:
         TvLensError: as `patch_generate`, two conditions of one name, or vectors named "no vector".
+
+    Examples:
+        >>> result = tv.across_conditions(model, task, prompts, {"vector": (vector, 2)}, max_new_tokens=2)
+        >>> list(result.scores), result.vectors
+        (['zero-shot', 'shuffled few-shot'], ('no vector', 'vector'))
     """
     engine = engine_for(model)
     check_prompts(prompts)

@@ -44,8 +44,20 @@ class Treatment:
 
 
 class Control(ABC):
-    """A kind of control. `description` says on report pages what it is. An experiment calls those with `runs_model`
-    together with the methods, so that they share reads; they get no other task's vector.
+    """A kind of control. A custom one derives from this class and defines `__call__`, which gets a `Treatment` and
+    returns vectors, or None if it does not apply (see `docs/extending.md`).
+
+    An experiment calls those with `runs_model` together with the methods, so that they share reads; they get no other
+    task's vector.
+
+    Attributes:
+        name: its name in tables.
+        description: what it is, on report pages.
+        runs_model: whether it runs the model.
+
+    Examples:
+        >>> [control.name for control in (RandomDirection(), OtherTask(), ShuffledDemonstrations())]
+        ['random', 'other task', 'shuffled']
     """
 
     name: ClassVar[str]
@@ -59,7 +71,12 @@ class Control(ABC):
 
 @dataclass(frozen=True)
 class RandomDirection(Control):
-    """For each patched prompt another random direction, as long as the task's vector."""
+    """For each patched prompt another random direction, as long as the task's vector.
+
+    Examples:
+        >>> RandomDirection().description
+        "a random vector as long as the task's"
+    """
 
     name: ClassVar[str] = "random"
     description: ClassVar[str] = "a random vector as long as the task's"
@@ -71,7 +88,12 @@ class RandomDirection(Control):
 
 @dataclass(frozen=True)
 class OtherTask(Control):
-    """The vector of another task."""
+    """The vector of another task.
+
+    Examples:
+        >>> OtherTask().description
+        'the vector of another task'
+    """
 
     name: ClassVar[str] = "other task"
     description: ClassVar[str] = "the vector of another task"
@@ -88,6 +110,10 @@ class OtherTask(Control):
 class ShuffledDemonstrations(Control):
     """The vector that the same method makes of the same prompts, with the outputs of each prompt's demonstrations
     permuted; for a method that learns from answers, with the answers permuted among the prompts (`Method.shuffled`).
+
+    Examples:
+        >>> ShuffledDemonstrations().runs_model
+        True
     """
 
     name: ClassVar[str] = "shuffled"
@@ -106,7 +132,12 @@ class ShuffledDemonstrations(Control):
 
 @dataclass(frozen=True)
 class RandomHeads(Control):
-    """The function vector of as many other heads, drawn at random for each patched prompt, as long as the task's."""
+    """The function vector of as many other heads, drawn at random for each patched prompt, as long as the task's.
+
+    Examples:
+        >>> RandomHeads().name
+        'random heads'
+    """
 
     name: ClassVar[str] = "random heads"
     description: ClassVar[str] = "the function vector of as many random other heads, as long as the task's"

@@ -33,17 +33,35 @@ def sweep_layers(  # noqa: PLR0913 - its options are keywords
     keep_demonstrations: bool | None = None,
     max_new_tokens: int = 8,
 ) -> Sweep:
-    """Score the patched answers to each prompt's query at every layer that has a vector, or at those given (Hendel et
-    al. 2023, section 3.2 and figure 4). Choose the layer on prompts whose results you do not report.
+    """Score the patched answers to each prompt's query at every layer (Hendel et al. 2023, section 3.2 and figure 4).
+    Choose the layer on prompts whose results you do not report.
 
-    The queries are run once, up to where the vectors are written; from there all layers continue side by side. The
-    keywords are those of `patch_generate`.
+    The queries are run once, up to where the vectors are written; from there all layers continue side by side.
 
     An answer stops as soon as the task's rule has decided (see `Rule`), so the texts in the scores are beginnings of
     what `patch_generate` returns. The verdicts are those on the whole answers.
 
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        task: the task, whose rule scores the answers.
+        prompts: dev prompts.
+        vectors: what is written: one vector for each prompt, or one for all (`vectors.mean()`).
+        layers: the layers to try; None for all that have a vector.
+        how: as in `patch_generate`.
+        positions: as in `patch_generate`.
+        keep_demonstrations: as in `patch_generate`.
+        max_new_tokens: how many tokens an answer may have.
+
+    Returns:
+        A score for each layer; `best` is the lowest of those with the highest accuracy.
+
     Raises:
         TvLensError: as `patch_generate`, or no layers, or one of them twice.
+
+    Examples:
+        >>> sweep = tv.sweep_layers(model, task, prompts, vector, max_new_tokens=2)
+        >>> sweep.layers, sweep.best in sweep.ties
+        ((0, 1, 2, 3), True)
     """
     engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations)
     check_prompts(prompts)
@@ -81,18 +99,37 @@ def evaluate(  # noqa: PLR0913 - its options are keywords
     """How well the queries of few-shot `prompts` are answered zero-shot, few-shot, and with `vectors` written in at
     `layer`. Use prompts that had no part in extracting the vectors or in choosing the layer.
 
-    Controls: `random`, for each prompt another random direction as long as the vector; `shuffled`, the vector that the
-    same method makes of the same prompts with their demonstrations' outputs permuted; and what `controls` names, such
-    as the vectors of another task. The other keywords are those of `patch_generate`.
+    The controls are `random`, for each prompt another random direction as long as the vector; `shuffled`, the vector
+    that the same method makes of the same prompts with their demonstrations' outputs permuted; and those in `controls`.
 
-    `dev` are the prompts that the vectors were made from and that chose `layer`. Pass them to give the controls the
-    same chance, as `run_experiment` does: `shuffled` is made from them (with substitute queries from the inputs of
-    `task`), and each control chooses its own layer on them.
-    Without `dev`, `shuffled` is made from `prompts`, and all controls are written at `layer`. There is then no
-    `shuffled` for a method that learns from answers, which would be trained on test prompts.
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        task: the task, whose rule scores the answers.
+        prompts: test prompts with demonstrations.
+        vectors: what is written: one vector for each prompt, or one for all (`vectors.mean()`).
+        layer: as in `patch_generate`.
+        how: as in `patch_generate`.
+        positions: as in `patch_generate`.
+        keep_demonstrations: as in `patch_generate`.
+        max_new_tokens: how many tokens an answer may have.
+        controls: further vectors by name, such as the vectors of another task.
+        seed: of the controls.
+        dev: the prompts that the vectors were made from and that chose `layer`. Pass them to give the controls the same
+            chance, as `run_experiment` does: `shuffled` is made from them (with substitute queries from the inputs of
+            `task`), and each control chooses its own layer on them. Without them `shuffled` is made from `prompts`, and
+            all controls are written at `layer`; there is then no `shuffled` for a method that learns from answers,
+            which would be trained on test prompts.
+
+    Returns:
+        A score for each condition, with tests.
 
     Raises:
         TvLensError: as `patch_generate`, prompts without demonstrations, or a control named like a condition.
+
+    Examples:
+        >>> result = tv.evaluate(model, task, prompts, vector, 2, max_new_tokens=2)
+        >>> list(result.conditions)
+        ['zero-shot', 'few-shot', 'patched', 'random', 'shuffled']
     """
     engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations)
     check_evaluation(engine, task, prompts, [vectors, *(controls or {}).values()], layer, max_new_tokens)
@@ -215,11 +252,33 @@ def conflict(  # noqa: PLR0913 - its options are keywords
     positions: Positions | None = None,
     max_new_tokens: int = 8,
 ) -> Conflict:
-    """Which wins, demonstrations of `task` or the vector of `rival`? The few-shot `prompts` keep their demonstrations,
-    and `vectors` of the rival are written into them (Hendel et al. 2023, section 5, conflicting tasks).
+    """Which wins, demonstrations of `task` or the vector of `rival`?
+
+    The few-shot `prompts` keep their demonstrations, and `vectors` of the rival are written into them (Hendel et al.
+    2023, section 5, conflicting tasks).
+
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        task: the task of the demonstrations.
+        rival: the task of the vectors, with the same inputs.
+        prompts: few-shot prompts.
+        vectors: what is written: one vector for each prompt, or one for all (`vectors.mean()`).
+        layer: as in `patch_generate`.
+        how: as in `patch_generate`.
+        positions: as in `patch_generate`.
+        max_new_tokens: how many tokens an answer may have.
+
+    Returns:
+        The answers without and with the vectors, scored as answers to either task.
 
     Raises:
         TvLensError: as `patch_generate`, prompts without demonstrations, or a query the rival has no answer to.
+
+    Examples:
+        >>> rival = tv.Task("double", task.inputs, lambda text: text * 2)
+        >>> clash = tv.conflict(model, task, rival, prompts, vector, 2, max_new_tokens=2)
+        >>> len(clash.to_pandas())
+        4
     """
     engine, placement = engine_for(model), Placement(how, positions, keep_demonstrations=True)
     check_prompts(prompts)

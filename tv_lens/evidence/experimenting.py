@@ -40,32 +40,50 @@ def run_experiment(  # noqa: PLR0913 - its options are keywords
 ) -> Experiment:
     """The paper's main experiment (Hendel et al. 2023, section 3), for each task:
 
-    its inputs are split into disjoint dev and test sets; the mean task vector of `n_dev` dev prompts is made by each of
-    `methods` (by default `Extraction(substitutes)`, or `AcrossPrompts()` with `across`) and written in at every layer
-    for the dev queries; at the best layer it is evaluated, once, on `n_test` test prompts. Each of `controls` chooses
-    its own layer on the same dev queries. A task with fewer inputs gets as many prompts as it has inputs in either set.
-    The control `other task` takes the vector of the least similar task, of another category if there is one.
-
-    `methods` is a list, or a dictionary with names for them, if two are of one kind. With `n_train` the vectors are
-    made from that many other prompts, whose queries are neither dev nor test queries. Vectors that are added are tried
-    at each of `strengths`, multiples of the strength that they are meant to have.
-
-    With `max_new_tokens=1` answers are scored by their first token, or by the first one that tells the task's answers
-    apart (`first_token`), else in full by each task's own rule; `settings["scoring"]` and `settings["rules"]` say
-    which. The same seed gives the same table.
+    its inputs are split into disjoint dev and test sets; the mean task vector of dev prompts is made by each method and
+    written in at every layer for the dev queries; at the best layer it is evaluated, once, on test prompts. Each
+    control chooses its own layer on the same dev queries. The control `other task` takes the vector of the least
+    similar task, of another category if there is one.
 
     Nothing is run twice: methods that read the same prompts share the reads, and what comes before a vector is run once
-    for all vectors, layers and strengths. With a `folder`, each finished task is kept there, and a run with the same
-    settings resumes where it stopped.
+    for all vectors, layers and strengths. The same seed gives the same table.
 
-    With an `executor`, any `concurrent.futures.Executor`, its workers share the run. `model` is then a function that
-    boots one, which each worker calls once, and `folder` one that all of them see. See `docs/clusters.md`.
+    Args:
+        model: a bridge, or an engine to control batch size and BOS; with an executor a function that boots one, which
+            each worker calls once.
+        tasks: tasks of different names.
+        shots: demonstrations of each prompt.
+        n_dev: dev prompts. A task with fewer inputs gets as many prompts as it has inputs in either set.
+        n_test: test prompts.
+        seed: of the split, the prompts and the controls.
+        substitutes: of the default method, `Extraction(substitutes)`.
+        across: whether the default method is `AcrossPrompts()`.
+        methods: a list, or a dictionary with names for them, if two are of one kind; None for the default.
+        controls: kinds of control.
+        template: how prompts are written.
+        max_new_tokens: how many tokens an answer may have. With 1 answers are scored by their first token, or by the
+            first one that tells the task's answers apart (`first_token`), else in full by each task's own rule;
+            `settings["scoring"]` and `settings["rules"]` say which.
+        layers: the layers to try; None for all.
+        folder: keeps each finished task; a run with the same settings resumes where it stopped.
+        n_train: make the vectors from that many other prompts, whose queries are neither dev nor test queries.
+        strengths: multiples of the strength that vectors are meant to have, at each of which those that are added are
+            tried.
+        executor: any `concurrent.futures.Executor`, whose workers share the run; all of them must see `folder`. See
+            `docs/clusters.md`.
+
+    Returns:
+        The results of all tasks and methods, with tables, tests and settings.
 
     Raises:
-        TvLensError: no tasks or two of one name, too few inputs, fewer than one substitute, or a folder of another
-            run; the message says which settings differ. With an executor also a model instead of a function, or no
-            folder.
+        TvLensError: no tasks or two of one name, too few inputs, fewer than one substitute, or a folder of another run;
+            the message says which settings differ. With an executor also a model instead of a function, or no folder.
         GridError: some parts failed on their workers; a second call runs only these.
+
+    Examples:
+        >>> experiment = tv.run_experiment(model, [task], shots=2, n_dev=2, n_test=2, max_new_tokens=1, layers=[2])
+        >>> experiment.results[0].evaluation.layer
+        2
     """
     if methods is None:
         methods = [AcrossPrompts()] if across else [Extraction(substitutes=substitutes)]

@@ -39,10 +39,19 @@ _UNPATCHED = ("zero-shot", "few-shot")
 
 @dataclass(frozen=True, repr=False)
 class Score:
-    """Predictions beside the expected answers, and which of them the task accepts.
+    """Predictions beside the expected answers, and which of them the task accepts. What `score` returns.
 
-    If they were measured, `logprobs` are the log-probabilities of the expected answers, and `divergences` those of the
-    next token from few-shot, both in nats.
+    Attributes:
+        texts: the predictions.
+        answers: the expected answers.
+        correct: which predictions are accepted.
+        logprobs: the log-probabilities of the expected answers in nats, if they were measured.
+        divergences: the divergences of the next token from few-shot in nats, if they were measured.
+
+    Examples:
+        >>> score = Score(texts=("cold", "big"), answers=("cold", "small"), correct=(True, False))
+        >>> score.accuracy, [round(end, 2) for end in score.interval]
+        (0.5, [0.01, 0.99])
     """
 
     texts: tuple[str, ...]
@@ -89,11 +98,23 @@ class Score:
 
 
 def mcnemar(one: Score, other: Score) -> float:
-    """The two-sided p-value of McNemar's exact test that two conditions answer the same prompts equally well: a
-    binomial test of the prompts that only one of them gets right. 1 if there are none.
+    """The p-value of McNemar's exact test that two conditions answer the same prompts equally well: a binomial test of
+    the prompts that only one of them gets right.
+
+    Args:
+        one: the score of one condition.
+        other: the score of another one on the same prompts.
+
+    Returns:
+        The two-sided p-value; 1 if no prompt is answered right by one condition only.
 
     Raises:
         TvLensError: the scores are not of the same prompts.
+
+    Examples:
+        >>> one = Score(("x",) * 6, ("x",) * 6, (True,) * 6)
+        >>> mcnemar(one, Score(("y",) * 6, ("x",) * 6, (False,) * 6))
+        0.03125
     """
     if one.answers != other.answers:
         raise TvLensError(
@@ -104,8 +125,15 @@ def mcnemar(one: Score, other: Score) -> float:
 
 
 class Choice(NamedTuple):
-    """Where and how strongly vectors are written: a layer, and what multiplies the strength that they are meant to be
-    written with.
+    """Where and how strongly vectors are written.
+
+    Attributes:
+        layer: the layer.
+        strength: multiplies the strength that the vectors are meant to be written with.
+
+    Examples:
+        >>> Choice(20).strength
+        1.0
     """
 
     layer: int
@@ -117,10 +145,20 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Sweep:
-    """Scores of the same prompts patched at each of several layers of a model with `n_layers` of them, with vectors
-    written `strength` times as strongly as they are meant to be.
+    """Scores of the same prompts patched at each of several layers. What `sweep_layers` returns.
 
-    The texts of the scores are the beginnings of answers: a sweep stops each answer once its rule has decided.
+    Attributes:
+        layers: the layers that were tried.
+        scores: one for each layer. Their texts are the beginnings of answers: a sweep stops each answer once its rule
+            has decided.
+        n_layers: the number of the model's blocks.
+        strength: multiplies the strength that the vectors are meant to be written with.
+
+    Examples:
+        >>> right, wrong = Score(("a",), ("a",), (True,)), Score(("b",), ("a",), (False,))
+        >>> sweep = Sweep(layers=(1, 2, 3), scores=(wrong, right, right), n_layers=4)
+        >>> sweep.best, sweep.ties
+        (2, (2, 3))
     """
 
     layers: tuple[int, ...]
@@ -154,6 +192,12 @@ class Sweep:
     def at(self, layer: int) -> Score:
         """The score at `layer`, by the layer's number.
 
+        Args:
+            layer: the layer's number.
+
+        Returns:
+            The score at that layer.
+
         Raises:
             TvLensError: that layer was not swept.
         """
@@ -181,7 +225,15 @@ class Sweep:
         )
 
     def plot(self, *, zero_shot: Score | None = None, few_shot: Score | None = None) -> go.Figure:
-        """Accuracy by layer with its intervals, and lines for `zero_shot` and `few_shot` if they are given."""
+        """Accuracy by layer with its intervals.
+
+        Args:
+            zero_shot: drawn as a line, if it is given.
+            few_shot: drawn as a line, if it is given.
+
+        Returns:
+            A Plotly figure.
+        """
         return figure(self, zero_shot=zero_shot, few_shot=few_shot)
 
     def __repr__(self) -> str:
@@ -205,10 +257,24 @@ class Sweep:
 
 @dataclass(frozen=True, repr=False)
 class Evaluation:
-    """Scores of the same prompts under several conditions, patched at one layer (or at several at once).
+    """Scores of the same prompts under several conditions. What `evaluate` returns.
 
-    `control_layers` are the layers of the controls, and `control_strengths` their strengths; a control without one has
-    the vector's.
+    Attributes:
+        layer: where the vectors were written, one layer or several at once.
+        zero_shot: the queries alone.
+        few_shot: after demonstrations.
+        patched: with the vectors.
+        controls: with the vectors of each control.
+        n_layers: the number of the model's blocks.
+        strength: multiplies the strength that the vectors are meant to be written with.
+        control_layers: where each control was written.
+        control_strengths: the controls' strengths; a control without one has the vector's.
+
+    Examples:
+        >>> right, wrong = Score(("a",) * 6, ("a",) * 6, (True,) * 6), Score(("b",) * 6, ("a",) * 6, (False,) * 6)
+        >>> result = Evaluation(3, zero_shot=wrong, few_shot=right, patched=right, controls={"random": wrong})
+        >>> result.p_value, result.strongest_control
+        (0.03125, 'random')
     """
 
     layer: int | tuple[int, ...]
@@ -268,7 +334,14 @@ class Evaluation:
         return better_p_value([self.patched.correct], [score.correct], [[str(i) for i in range(len(score.correct))]])
 
     def layer_of(self, condition: str) -> int | tuple[int, ...] | None:
-        """The layer that a condition's vectors were written to; None if nothing was written."""
+        """The layer that a condition's vectors were written to; None if nothing was written.
+
+        Args:
+            condition: its name, one of `conditions`.
+
+        Returns:
+            The layer that the condition's vectors were written to; None if nothing was written.
+        """
         return None if condition in _UNPATCHED else self.control_layers.get(condition, self.layer)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -325,8 +398,23 @@ class Evaluation:
 
 @dataclass(frozen=True, repr=False)
 class Conflict:
-    """Answers to the same few-shot prompts, as they are and with a rival task's vector written in; each scored
-    as answers to the demonstrated task and as answers to the rival.
+    """Answers to the same few-shot prompts, as they are and with a rival task's vector written in. What `conflict`
+    returns.
+
+    Attributes:
+        task: the demonstrated task.
+        rival: the task of the vector.
+        layer: where the vector was written.
+        plain_task: without the vector, scored as answers to the demonstrated task.
+        plain_rival: without the vector, scored as answers to the rival.
+        patched_task: with the vector, scored as answers to the demonstrated task.
+        patched_rival: with the vector, scored as answers to the rival.
+        n_layers: the number of the model's blocks.
+
+    Examples:
+        >>> right, wrong = Score(("a",), ("a",), (True,)), Score(("a",), ("b",), (False,))
+        >>> Conflict("copy", "double", 3, right, wrong, right, wrong).patched_task.accuracy
+        1.0
     """
 
     task: str
@@ -380,7 +468,16 @@ class Conflict:
 
 @dataclass(frozen=True, repr=False)
 class Conditions:
-    """Scores by condition, and in each by the vector that was written, "no vector" first."""
+    """Scores by condition, and in each by the vector that was written. What `across_conditions` returns.
+
+    Attributes:
+        scores: "no vector" first in each condition.
+
+    Examples:
+        >>> right = Score(("a",), ("a",), (True,))
+        >>> Conditions({"zero-shot": {"no vector": right, "vector": right}}).vectors
+        ('no vector', 'vector')
+    """
 
     scores: Mapping[str, Mapping[str, Score]]
 
@@ -431,8 +528,15 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Cost:
-    """What making vectors took: positions that the model ran, pads included, and seconds. A read that several methods
-    share is charged to each of them.
+    """What making vectors took. A read that several methods share is charged to each of them.
+
+    Attributes:
+        positions: positions that the model ran, pads included.
+        seconds: how long it took.
+
+    Examples:
+        >>> Cost(positions=918.0, seconds=2.8).positions
+        918.0
     """
 
     positions: float
@@ -441,13 +545,28 @@ class Cost:
 
 @dataclass(frozen=True, repr=False)
 class TaskResult:
-    """What an experiment measured for one task and method: the sweep on dev prompts, the evaluation on test prompts,
-    those prompts' texts, and the test prompts' queries. `other_task` is the task whose vector was the control.
+    """What an experiment measured for one task and method.
 
-    `sweep` is at the chosen strength, `other_sweeps` are at the others, and `control_sweeps` are the controls' at their
-    chosen strengths. `tied_accuracies` are the accuracies on the test prompts at each of `ties`. `conditions` are the
-    scores of the test queries asked in other ways. `train_prompts` are those that the vectors are from, if these are
-    not the dev prompts. `cost` is that of the vectors, None if it is not known.
+    Attributes:
+        task: the task's name.
+        category: the task's category.
+        sweep: on dev prompts, at the chosen strength.
+        evaluation: on test prompts, at the chosen layer.
+        other_task: the task whose vector was a control.
+        dev_prompts: the texts of the dev prompts.
+        test_prompts: the texts of the test prompts.
+        queries: the queries of the test prompts.
+        method: the method's name.
+        other_sweeps: on dev prompts, at the other strengths.
+        control_sweeps: of the controls, at their chosen strengths.
+        tied_accuracies: the accuracies on the test prompts at each of `ties`.
+        conditions: the scores of the test queries asked in other ways.
+        train_prompts: what the vectors are from, if these are not the dev prompts.
+        cost: of the vectors; None if it is not known.
+
+    Examples:
+        >>> experiment.results[0].sweep.layers, experiment.results[0].tried
+        ((2,), 1)
     """
 
     task: str
@@ -526,8 +645,16 @@ def tied_choices(sweeps: Sequence[Sweep], preferred: Choice | None = None) -> tu
 
 @dataclass(frozen=True, repr=False)
 class Experiment:
-    """The results of `run_experiment`, with everything it takes to repeat it in `settings`, and each task's vector (by
-    the task's name, or "task, method" if there are several methods).
+    """The results of `run_experiment`.
+
+    Attributes:
+        settings: everything it takes to repeat it.
+        results: one for each task and method.
+        vectors: each task's vector, by the task's name, or "task, method" if there are several methods.
+
+    Examples:
+        >>> [result.task for result in experiment.results], list(experiment.vectors)
+        (['upper'], ['upper'])
     """
 
     settings: Settings
@@ -617,6 +744,9 @@ class Experiment:
     def save(self, path: str | Path) -> None:
         """Write everything as `.json`, which `load` reads, or the tidy table as `.parquet` (extra `parquet`).
 
+        Args:
+            path: a path that ends with `.json` or `.parquet`.
+
         Raises:
             TvLensError: another kind of file.
             MissingExtraError: the extra is not installed.
@@ -637,6 +767,12 @@ class Experiment:
     def load(cls, path: str | Path) -> Experiment:
         """Read what `save` wrote as `.json`; the vectors are separate files in the experiment's folder.
 
+        Args:
+            path: a `.json` file.
+
+        Returns:
+            The experiment, without its vectors.
+
         Raises:
             OSError: the file cannot be read.
             TvLensError: not a saved experiment, or a corrupted file.
@@ -653,6 +789,9 @@ class Experiment:
 
     def report(self, path: str | Path) -> None:
         """Write everything as one HTML page that can be read without a network, whole or not at all.
+
+        Args:
+            path: where to write the page.
 
         Raises:
             MissingExtraError: the extra `plots` is not installed.

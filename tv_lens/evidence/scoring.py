@@ -25,13 +25,25 @@ Patched: TypeAlias = tuple[TaskVectors, int | Layers]
 
 
 def score(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> Score:
-    """How the answers `texts` to `prompts` score by the task's own rule, against each prompt's answer, or the task's if
-    a prompt holds none.
+    """How answers score by the task's own rule, against each prompt's answer, or the task's if a prompt holds none.
 
     A rule that compares token ids gets those of `Completions`; other texts are judged as texts.
 
+    Args:
+        task: the task, whose rule scores the answers.
+        prompts: the prompts that were answered.
+        texts: the answers, one for each prompt.
+
+    Returns:
+        Which answers are correct, with accuracy and interval.
+
     Raises:
         TvLensError: no prompts, or another number of texts.
+
+    Examples:
+        >>> score = tv.score(task, prompts, [prompt.answer for prompt in prompts])
+        >>> score.accuracy
+        1.0
     """
     check_prompts(prompts)
     if len(texts) != len(prompts):

@@ -19,13 +19,30 @@ IDENTIFYING = ("model", "scoring", "method", "shots", "seed")
 
 @dataclass(frozen=True, repr=False)
 class Settings:
-    """What an experiment was run with. Fields can be read by name (`settings["shots"]`), too.
+    """What an experiment was run with. Fields can be read by name (`settings["shots"]`), too. The options of
+    `run_experiment` are among them under their names; the others are below.
 
-    `weights` is a fingerprint of the model, its configuration and the user's hooks, `data` one of each task's pairs;
-    `rules` are the rules' names. `method` joins the names of `methods`, which hold the options of each.
+    Attributes:
+        model: the model's name.
+        engine: the kind of engine.
+        weights: a fingerprint of the model, its configuration and the user's hooks.
+        dtype: the model's precision.
+        n_layers: the number of blocks.
+        d_model: the width of the residual stream.
+        prepend_bos: whether a BOS token is put in front.
+        bos: that token.
+        data: a fingerprint of each task's pairs.
+        rules: the rules' names.
+        method: joins the names of `methods`, which hold the options of each.
+        scoring: "full answer" or "first token".
+        versions: of the packages.
+        n_train: without it the vectors are made from the dev prompts.
+        measured: whether log-probabilities and divergences are there.
+        controls_choose: whether every control chose its own layer (it did not in 0.1).
 
-    Without `n_train` the vectors are made from the dev prompts. `measured` says whether log-probabilities and
-    divergences are there, and `controls_choose` whether every control chose its own layer (it did not in 0.1).
+    Examples:
+        >>> experiment.settings["shots"], experiment.settings.scoring
+        (2, 'first token')
     """
 
     model: str
@@ -91,5 +108,12 @@ class Settings:
         return format_from_dict(self.template)
 
     def differences(self, other: Settings) -> list[str]:
-        """What differs in `other`, one sentence for each setting."""
+        """What differs in `other`, one sentence for each setting.
+
+        Args:
+            other: the settings of another run.
+
+        Returns:
+            What differs in `other`, one sentence for each setting.
+        """
         return [f"{name} was {self[name]}, is {other[name]}" for name in self.keys() if self[name] != other[name]]

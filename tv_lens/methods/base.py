@@ -39,7 +39,17 @@ class Read:
 
 
 class Method(ABC):
-    """A way to make task vectors. `name` tells it from others in tables and files."""
+    """A way to make task vectors. A custom one is a frozen dataclass that derives from this class and defines
+    `__call__`, a function of engine, task, prompts and seed that returns vectors (see `docs/extending.md`).
+    Its fields are its options.
+
+    Attributes:
+        name: tells it from others in tables and files.
+
+    Examples:
+        >>> tv.Extraction(substitutes=1)(model, task, prompts, 0).values.shape
+        torch.Size([4, 4, 32])
+    """
 
     name: ClassVar[str]
 
@@ -54,6 +64,14 @@ class Method(ABC):
     def reads(self, task: Task, prompts: Sequence[Prompt], seed: int) -> Sequence[Read]:
         """What a call with the same arguments reads at last tokens, so that an experiment can read it for all methods
         in one pass. A method that names nothing reads by itself.
+
+        Args:
+            task: the task of the prompts.
+            prompts: as in a call.
+            seed: as in a call.
+
+        Returns:
+            What a call with the same arguments reads at last tokens.
         """
         return ()
 
@@ -65,13 +83,27 @@ class Method(ABC):
     def shuffled(self, prompts: Sequence[Prompt], seed: int) -> list[Prompt] | None:
         """The prompts without what the method reads the task from, for the control `shuffled`: by default with the
         outputs of each prompt's demonstrations permuted. None if there is too little to permute.
+
+        Args:
+            prompts: as in a call.
+            seed: the same seed gives the same result.
+
+        Returns:
+            Prompts for the control, or None.
         """
         if min(prompt.shots for prompt in prompts) < 2:
             return None
         return shuffle_outputs(prompts, seed)
 
     def for_control(self, layers: tuple[int, ...]) -> Method:
-        """The method for a control that is written to these layers: itself, unless it can save work by knowing them."""
+        """The method for a control that is written to these layers: itself, unless it can save work by knowing them.
+
+        Args:
+            layers: where the control is written.
+
+        Returns:
+            A method.
+        """
         return self
 
     @property

@@ -46,17 +46,27 @@ def mean_difference(
     """The direction from `negative` to `positive` texts, one vector per layer, to be added at every token of a prompt
     and at every generated token (contrastive activation addition, Rimsky et al. 2024, arXiv 2312.06681, section 3).
 
-    Pass two lists of texts, or `ContrastivePairs`. By default the direction is the difference of the two means, and the
-    lists may differ in length. With `direction="pca"` it is the first principal component of the texts' states, each
-    pair centered at its own mean (`pca_center` in repeng): of length 1, with the positive texts on its positive side on
-    average. The i-th texts of the lists are then a pair.
-
     Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        positive: texts or prompts, or `ContrastivePairs`.
+        negative: texts or prompts; None with `ContrastivePairs`.
+        direction: "mean", the difference of the two means, for which the lists may differ in length; or "pca", the
+            first principal component of the texts' states, each pair centered at its own mean (`pca_center` in repeng),
+            of length 1, with the positive texts on its positive side on average. The i-th texts of the lists are then a
+            pair.
         strength: what the vectors are multiplied by when they are written (`TaskVectors.usage`).
+
+    Returns:
+        One vector for each layer.
 
     Raises:
         TvLensError: no texts, lists of different lengths for "pca", texts that the model does not distinguish, or
             another direction.
+
+    Examples:
+        >>> polite = tv.mean_difference(model, ["Thank you.", "Please."], ["Go."], strength=4.0)
+        >>> str(polite.write)
+        'add(4, every_step=True)'
     """
     engine = engine_for(model)
     _check_options(direction, strength)
@@ -94,18 +104,26 @@ def in_context_vector(
     toward which every activation is turned, at all layers, all tokens of a prompt and all generated tokens.
 
     For each demonstration h(x) and h(y) are the states of input and output, read as two separate texts. The direction
-    is the mean of h(y) - h(x) plus the first principal component of these differences, of length 1 and not against
-    the mean. With one demonstration, or equal differences, it is the mean alone. The paper's code takes one component
-    of all layers joined, and turns the output of the MLPs; here each layer has its own component, and the residual
-    stream after each block is turned.
-
-    Pass prompts, each of whose different demonstrations counts once, or `ContrastivePairs`, from negative to positive.
+    is the mean of h(y) - h(x) plus the first principal component of these differences, of length 1 and not against the
+    mean. With one demonstration, or equal differences, it is the mean alone. The paper's code takes one component of
+    all layers joined, and turns the output of the MLPs; here each layer has its own component, and the residual stream
+    after each block is turned.
 
     Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        demonstrations: prompts, each of whose different demonstrations counts once, or `ContrastivePairs`, from
+            negative to positive.
         strength: the paper's lambda, the length of what is added to an activation's direction (`rotate`).
+
+    Returns:
+        One vector for each layer, to be written at all layers at once.
 
     Raises:
         TvLensError: no demonstrations, or outputs that the model does not distinguish from their inputs.
+
+    Examples:
+        >>> tv.in_context_vector(model, prompts).values.shape
+        torch.Size([1, 4, 32])
     """
     engine = engine_for(model)
     _check_options("mean", strength)
@@ -132,11 +150,16 @@ class MeanDifference(Method):
     """`mean_difference` as a method: from the inputs of the prompts' demonstrations to their outputs, each read as a
     text by itself. Each different demonstration counts once.
 
-    >>> str(MeanDifference(strength=4.0))
-    "mean_difference(strength=4.0, direction='mean')"
+    Attributes:
+        strength: as in `mean_difference`.
+        direction: "mean" or "pca".
 
     Raises:
         TvLensError: a strength that is not finite, or another direction.
+
+    Examples:
+        >>> str(MeanDifference(strength=4.0))
+        "mean_difference(strength=4.0, direction='mean')"
     """
 
     name: ClassVar[str] = "mean_difference"
@@ -168,11 +191,15 @@ class MeanDifference(Method):
 class InContextVector(Method):
     """`in_context_vector` as a method, of all different demonstrations of the prompts.
 
-    >>> str(InContextVector())
-    'in_context_vector(strength=0.1)'
+    Attributes:
+        strength: as in `in_context_vector`.
 
     Raises:
         TvLensError: a strength that is not finite.
+
+    Examples:
+        >>> str(InContextVector())
+        'in_context_vector(strength=0.1)'
     """
 
     name: ClassVar[str] = "in_context_vector"

@@ -32,16 +32,27 @@ def extract(
     site: Site = RESID_POST,
     positions: Positions = "last",
 ) -> TaskVectors:
-    """One vector per prompt and layer: its demonstrations with other queries, averaged over those.
+    """One vector per prompt and layer: its demonstrations with other queries, averaged over those, so that the vector
+    holds the task and not the query (Hendel et al. 2023, section 3.2 and appendix A).
 
-    `substitutes[i]` are the queries asked instead of prompt `i`'s own, as `Task.substitutes` draws them, so the vector
-    holds the task and not the query (Hendel et al. 2023, section 3.2 and appendix A). By default the residual stream
-    after every block is read at the last token. With several `positions` (see `patch_generate`) the vector is their
-    mean.
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompts: few-shot prompts.
+        substitutes: the queries asked instead of each prompt's own, as `Task.substitutes` draws them.
+        site: the activation that is read, by default the residual stream after every block.
+        positions: where it is read, as in `patch_generate`; with several positions the vector is their mean.
+
+    Returns:
+        Vectors that are meant to overwrite; `mean()` is the task's.
 
     Raises:
         TvLensError: no prompts, a different number of substitutes, a substitute that is its prompt's query or
             demonstration, or a site or position that is not there.
+
+    Examples:
+        >>> vectors = tv.extract(model, prompts, task.substitutes(prompts, 2, seed=0))
+        >>> vectors.values.shape, vectors.mean().at(2).shape
+        (torch.Size([4, 4, 32]), torch.Size([1, 32]))
     """
     engine = engine_for(model)
     check_prompts(prompts)
@@ -59,8 +70,22 @@ def extract_across(
     """The multi-context variant: for each prompt the average over the *other* prompts' own reads, leaving out every
     prompt that shows or asks this prompt's query. No substitutes, one pass over each prompt.
 
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompts: few-shot prompts, which should have few inputs in common.
+        site: the activation that is read.
+        positions: where it is read, as in `patch_generate`.
+
+    Returns:
+        Vectors that are meant to overwrite.
+
     Raises:
         TvLensError: no prompts, or a prompt for which none of the others is left.
+
+    Examples:
+        >>> several = task.sample(8, shots=2, seed=0)
+        >>> tv.extract_across(model, several).values.shape
+        torch.Size([8, 4, 32])
     """
     engine = engine_for(model)
     check_prompts(prompts)
@@ -86,10 +111,16 @@ def extract_across(
 
 @dataclass(frozen=True)
 class Extraction(Method):
-    """`extract` as a method: with so many substitute queries for each prompt, averaged over the prompts.
+    """`extract` as a method. An experiment takes the mean over the prompts.
 
-    >>> str(Extraction(substitutes=3))
-    "extract(substitutes=3, site='resid_post', positions='last')"
+    Attributes:
+        substitutes: how many substitute queries there are for each prompt.
+        site: as in `extract`.
+        positions: as in `extract`.
+
+    Examples:
+        >>> str(Extraction(substitutes=3))
+        "extract(substitutes=3, site='resid_post', positions='last')"
     """
 
     name: ClassVar[str] = "extract"
@@ -109,7 +140,16 @@ class Extraction(Method):
 
 @dataclass(frozen=True)
 class AcrossPrompts(Method):
-    """`extract_across` as a method."""
+    """`extract_across` as a method.
+
+    Attributes:
+        site: as in `extract`.
+        positions: as in `extract`.
+
+    Examples:
+        >>> AcrossPrompts().name
+        'extract_across'
+    """
 
     name: ClassVar[str] = "extract_across"
     site: Site = RESID_POST

@@ -28,18 +28,31 @@ from tv_lens.vectors import TaskVectors, check_heads
 def function_vector(
     model: Model, vectors: TaskVectors, heads: Sequence[tuple[int, int]], *, distributed: bool = False
 ) -> TaskVectors:
-    """The function vector of `heads`, (layer, head) pairs such as `effects.top(10)`, from what `read_heads` gives.
+    """The function vector of `heads`: the sum of what they add to the residual stream, mean over prompts (Todd et al.
+    2024, section 2.3).
 
-    The vector is the sum of what these heads add to the residual stream, mean over prompts, the same at every layer; it
-    is meant to be added. The bias of the output projection belongs to no head and is left out. In models with a norm
-    after the attention (Gemma 2 and 3, OLMo 2 and 3, GLM 4) each head's part has the scale of that norm on the same
-    prompt, and in Granite its multiplier, so the vector always has the units of the residual stream.
+    The bias of the output projection belongs to no head and is left out. In models with a norm after the attention
+    (Gemma 2 and 3, OLMo 2 and 3, GLM 4) each head's part has the scale of that norm on the same prompt, and in Granite
+    its multiplier, so the vector always has the units of the residual stream.
 
-    With `distributed` each head's mean output is written at its own layer instead, over the head's own output: write
-    all of them at once with `layers(*vectors.layers)`, or add them to it with `how=add()`.
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        vectors: what `read_heads` gives.
+        heads: (layer, head) pairs, such as `effects.top(10)`.
+        distributed: whether each head's mean output is written at its own layer instead, over the head's own output.
+            Write all of them at once with `layers(*vectors.layers)`, or add them to it with `how=add()`.
+
+    Returns:
+        The same vector at every layer, meant to be added; or, distributed, one for each layer of the heads.
 
     Raises:
         TvLensError: vectors that `read_heads` did not make, no heads, one of them twice, or one that does not exist.
+
+    Examples:
+        >>> means = tv.read_heads(model, prompts)
+        >>> vector = tv.function_vector(model, means, [(1, 0), (2, 3)])
+        >>> vector.op, vector.values.shape
+        ('add', torch.Size([1, 4, 32]))
     """
     engine = engine_for(model)
     check_head_vectors(engine, vectors)
@@ -96,16 +109,27 @@ def _distributed(vectors: TaskVectors, heads: tuple[Head, ...], options: dict[st
 
 @dataclass(frozen=True)
 class FunctionVector(Method):
-    """`function_vector` as a method: of the `heads` heads with the highest average effect on `n_corrupted` of the
-    prompts, or of given heads, such as a published list.
+    """`function_vector` as a method. The vectors' options hold the chosen heads, the share of known prompts and the
+    diagnosis.
 
-    With `known_only` only prompts whose answer's first token the model gets right are used, as in the paper; all of
-    them if there is none. `preselect` is the number of heads, chosen by attribution, whose exact effect is measured; 0
-    for all heads. `corruptions` is how many times each prompt is corrupted. The vectors' options hold the chosen heads,
-    the share of known prompts and the diagnosis.
+    Attributes:
+        heads: how many heads, those of the highest average effect; or given heads, such as a published list.
+        measure: as in `head_effects`.
+        how: as in `head_effects`.
+        preselect: the number of heads, chosen by attribution, whose exact effect is measured; 0 for all heads.
+        n_corrupted: on how many of the prompts effects are measured.
+        corruptions: how many times each of them is corrupted.
+        known_only: whether only prompts whose answer's first token the model gets right are used, as in the paper; all
+            of them if there is none.
+        distributed: as in `function_vector`.
 
     Raises:
         TvLensError: no heads, or a count out of range.
+
+    Examples:
+        >>> method = FunctionVector(heads=((1, 0), (2, 3)), known_only=False)
+        >>> method(model, task, prompts, 0).values.shape
+        torch.Size([1, 4, 32])
     """
 
     name: ClassVar[str] = "function_vector"
@@ -153,7 +177,17 @@ class FunctionVector(Method):
         return [Read(prompt, HEADS, judged) for prompt in prompts]
 
     def effects(self, engine: Engine, prompts: Sequence[Prompt], vectors: TaskVectors, seed: int) -> HeadEffects:
-        """The effects that choose the heads, from what `read_heads` gives for the prompts."""
+        """The effects that choose the heads, from what `read_heads` gives for the prompts.
+
+        Args:
+            engine: what runs the model.
+            prompts: few-shot prompts.
+            vectors: what `read_heads` gives for the prompts.
+            seed: of the corruption.
+
+        Returns:
+            The effects that choose the heads.
+        """
         asked, seeds = prompts[: self.n_corrupted], range(seed, seed + self.corruptions)
         if not self.preselect:
             return head_effects(engine, asked, vectors, measure=self.measure, how=self.how, seeds=seeds)
@@ -178,6 +212,10 @@ class FunctionVector(Method):
 class MeanState(Method):
     """The mean residual stream at the last token of the prompts, added instead of written over: the layer averages that
     Todd et al. 2024 compare function vectors with.
+
+    Examples:
+        >>> MeanState()(model, task, prompts, 0).op
+        'add'
     """
 
     name: ClassVar[str] = "mean_state"

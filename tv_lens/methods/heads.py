@@ -49,16 +49,28 @@ class NoneKnownError(TvLensError):
 
 
 def read_heads(model: Model, prompts: Sequence[Prompt], *, known_only: bool = False) -> TaskVectors:
-    """The output of every attention head at the last token of each prompt, before the output projection: `by_head` has
-    the shape (prompt, layer, head, d_head), and `mean()` is what `head_effects` and `function_vector` use.
+    """The output of every attention head at the last token of each prompt, before the output projection.
 
     If all prompts have answers, `options` say how the model does: for how many of `n` prompts the first token of the
     answer is the most likely one (`right`), its mean `probability`, and how many have the most frequent answer
-    (`majority`). With `known_only` only the outputs of prompts that are answered right are kept, as in the paper, and
-    `kept` is their share.
+    (`majority`).
+
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompts: few-shot prompts.
+        known_only: whether only the outputs of prompts that are answered right are kept, as in the paper; `options`
+            then hold their share, `kept`.
+
+    Returns:
+        Vectors of the site `HEADS`. `by_head` has the shape (prompt, layer, head, d_head), and `mean()` is what
+        `head_effects` and `function_vector` use.
 
     Raises:
         TvLensError: no prompts, a model without attention heads, or `known_only` and no prompt that is answered right.
+
+    Examples:
+        >>> tv.read_heads(model, prompts).by_head.shape
+        torch.Size([4, 4, 4, 8])
     """
     engine = engine_for(model)
     check_prompts(prompts)
@@ -129,18 +141,28 @@ def head_effects(  # noqa: PLR0913 - its options are keywords
     the effect.
 
     Args:
+        model: a bridge, or an engine to control batch size and BOS.
         prompts: few-shot prompts with answers.
         means: what `read_heads` gives for clean prompts; their mean is taken.
         measure: "probability", as in the paper, or "log-probability", which also shows heads that raise a small one.
-        how: "exact" patches head by head. "attribution" estimates all effects from one gradient per prompt,
-            (mean - z) . d measure / d z, which is fast and good enough to choose heads for exact effects.
+        how: "exact" patches head by head. "attribution" estimates all effects from one gradient per prompt, (mean - z)
+            . d measure / d z, which is fast and good enough to choose heads for exact effects.
         seeds: one corruption of each prompt for each seed. Effects are averaged over them before intervals are taken.
         heads: (layer, head) pairs to score, all by default. The effects of others are NaN.
         corrupt: a function of prompts and a seed. `without_demonstrations` gives effects on the queries alone.
 
+    Returns:
+        The effect of every head on every prompt.
+
     Raises:
         TvLensError: prompts without answers or with one demonstration, means of another site or model, no seeds or one
             twice, a head that does not exist, or a model that cannot be patched (or gives no gradients).
+
+    Examples:
+        >>> means = tv.read_heads(model, prompts)
+        >>> effects = tv.head_effects(model, prompts, means, heads=[(1, 0), (2, 3)])
+        >>> effects.mean().shape, len(effects.top(2))
+        (torch.Size([4, 4]), 2)
     """
     engine = engine_for(model)
     check_prompts(prompts)

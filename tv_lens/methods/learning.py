@@ -50,8 +50,17 @@ _UNIFORM = 0.1
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Learned:
-    """Learned vectors and how they were learned. `vectors` are the best of each layer by validation accuracy, then by
-    validation loss; without validation prompts those after the last epoch.
+    """Learned vectors and how they were learned. What `learn` returns.
+
+    Attributes:
+        vectors: the best of each layer by validation accuracy, then by validation loss; without validation prompts
+            those after the last epoch.
+        curve: losses and validation accuracy by epoch and layer.
+
+    Examples:
+        >>> learned = tv.learn(model, prompts, layers=[2], epochs=0)
+        >>> learned.vectors.layers
+        (2,)
     """
 
     vectors: TaskVectors
@@ -117,6 +126,8 @@ def learn(  # noqa: PLR0913 - its options are keywords
     demonstrations (Yang et al., arXiv 2509.24169, section 3). They are trained side by side, each as if it were alone.
 
     Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompts: prompts with answers (or, for "few-shot", with demonstrations).
         layers: one layer, several, or None for all.
         how: `add(strength)` or `overwrite`; with `every_step` the vector is also written at the answer's tokens.
         positions: where in the query, as in `patch_generate`.
@@ -127,18 +138,28 @@ def learn(  # noqa: PLR0913 - its options are keywords
         lr: AdamW's learning rate, such as the paper's 5e-3 for Llama. Activations of models and layers differ by orders
             of magnitude, so None takes 0.05 of the root mean square of the layer's activations at the queries' last
             tokens.
+        weight_decay: AdamW's.
         batch_size: prompts for each step of the optimizer. Batches keep their prompts and change their order.
         validation: prompts for early stopping, or the share of the prompts that is held out for it (at least one
             prompt); 0 for none. A layer's accuracy is the share whose answer (or most likely next token after the
             few-shot prompt) is what greedy decoding gives.
         patience: a layer stops after so many epochs without a better accuracy, or a lower loss at the same accuracy.
+        seed: of the order of prompts, of a uniform start, and of what is held out.
         file: keeps the training after every epoch. The same call resumes from it, also with more epochs.
+
+    Returns:
+        The vectors, the layers in the order of their validation accuracy, and the losses by epoch.
 
     Raises:
         TvLensError: prompts without answers (or, for "few-shot", without demonstrations), no layers or one that does
             not exist, an option out of range, a start of another model, a file of another training, or a model that
             gives no gradients.
         EngineError: a loss that is NaN or infinite.
+
+    Examples:
+        >>> learned = tv.learn(model, prompts, layers=[1, 2], epochs=1)
+        >>> learned.vectors.layers, len(learned.curve)
+        ((1, 2), 4)
     """
     engine = engine_for(model)
     check_prompts(prompts)
@@ -220,12 +241,18 @@ def _rates(engine: Engine, prompts: Sequence[Prompt], layers: Sequence[int], lr:
 
 @dataclass(frozen=True)
 class LearnedVector(Method):
-    """`learn` as a method. An experiment tries the `keep` layers with the highest validation accuracy, because the
-    prompts it was trained on would choose the layer that memorizes best; None tries all, and so does a training without
-    validation.
+    """`learn` as a method. Fields that are not below are those of `learn`.
 
-    `start` may also be "extract", the vector that `Extraction` reads, or "shift", the mean difference between the
-    residual streams after few-shot and zero-shot prompts, which Yang et al. add as the extracted vector.
+    Attributes:
+        start: as in `learn`, or "extract", the vector that `Extraction` reads, or "shift", the mean difference between
+            the residual streams after few-shot and zero-shot prompts, which Yang et al. add as the extracted vector.
+        keep: how many layers an experiment tries, those with the highest validation accuracy, because the prompts that
+            the vector was trained on would choose the layer that memorizes best. None tries all, and so does a training
+            without validation.
+
+    Examples:
+        >>> LearnedVector(layers=[1, 2], epochs=2).uses_answers
+        True
     """
 
     name: ClassVar[str] = "learn"
@@ -308,7 +335,12 @@ class LearnedVector(Method):
 
 @dataclass(frozen=True)
 class DistilledVector(LearnedVector):
-    """`LearnedVector` with the objective "few-shot" under another name, so that an experiment can have both."""
+    """`LearnedVector` with the objective "few-shot" under another name, so that an experiment can have both.
+
+    Examples:
+        >>> DistilledVector(layers=[2]).objective
+        'few-shot'
+    """
 
     name: ClassVar[str] = "learn_few_shot"
     objective: Objective = "few-shot"

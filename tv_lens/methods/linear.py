@@ -38,14 +38,25 @@ def linear_vector(
     alone. W and b minimize the sum over the prompts of |W h_zero + b - (h_few - h_zero)|^2, plus `penalty` |W|^2.
     Patching adds W x + b to the activation x of the prompt that is patched.
 
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompts: two prompts or more, with demonstrations.
+        penalty: of the ridge regression, above 0.
+        layers: the layers to make vectors for, all by default.
+
     Returns:
         b as the values, one vector for all prompts, and W as `maps`, two factors whose rank is the number of prompts or
-        d_model, whichever is less. `maps.lengths` are the mean lengths of W h_zero + b over the prompts. All of them
-        are float32. `layers` are the layers to make vectors for, all by default.
+        d_model, whichever is less. `maps.lengths` are the mean lengths of W h_zero + b over the prompts. All are
+        float32.
 
     Raises:
         TvLensError: fewer than two prompts, a prompt without demonstrations, a penalty that is not a positive number,
             or no such layer.
+
+    Examples:
+        >>> linear = tv.linear_vector(model, prompts, penalty=5.0)
+        >>> linear.values.shape, linear.maps.inward.shape
+        (torch.Size([1, 4, 32]), torch.Size([4, 4, 32]))
     """
     engine = engine_for(model)
     check_prompts(prompts)
@@ -117,8 +128,15 @@ def _check_penalty(penalty: float) -> None:
 class LinearVector(Method):
     """`linear_vector` as a method.
 
+    Attributes:
+        penalty: as in `linear_vector`.
+
     Raises:
         TvLensError: a penalty that is not a positive number.
+
+    Examples:
+        >>> str(LinearVector())
+        'linear_vector(penalty=5.0)'
     """
 
     name: ClassVar[str] = "linear_vector"

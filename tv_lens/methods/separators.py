@@ -33,8 +33,14 @@ def separator_vectors(
 
     Each vector is that of another prompt, as `extract` reads it: at the last token, mean over the prompt's substitute
     queries. If there are more than N + 1 prompts, prompt i belongs to separator i % (N + 1), and the vectors of each
-    separator are averaged. With `own` the vectors of a prompt are read at its own separators instead, the last of them
-    with the substitute queries, and each is averaged over the prompts (TaskV-MS).
+    separator are averaged.
+
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompts: prompts with N demonstrations each, N + 1 of them or more.
+        substitutes: the queries asked instead of each prompt's own, as `Task.substitutes` draws them.
+        own: whether the vectors of a prompt are read at its own separators instead, the last of them with the
+            substitute queries, and each is averaged over the prompts (TaskV-MS).
 
     Returns:
         vectors of shape (separator, layer, d_model). They are meant to be written into prompts with N demonstrations,
@@ -43,6 +49,11 @@ def separator_vectors(
     Raises:
         TvLensError: prompts with different numbers of demonstrations, fewer than N + 1 of them (unless `own`), or
             substitutes that `extract` refuses.
+
+    Examples:
+        >>> several = tv.separator_vectors(model, prompts, task.substitutes(prompts, 1, seed=0))
+        >>> several.values.shape
+        torch.Size([4, 4, 32])
     """
     engine = engine_for(model)
     check_prompts(prompts)
@@ -141,10 +152,15 @@ def _separators_of(prompts: Sequence[Prompt]) -> int:
 
 @dataclass(frozen=True)
 class SeparatorVectors(Method):
-    """`separator_vectors` as a method: with so many substitute queries for each prompt.
+    """`separator_vectors` as a method.
 
-    >>> str(SeparatorVectors(substitutes=1, own=True))
-    'separator_vectors(substitutes=1, own=True)'
+    Attributes:
+        substitutes: how many substitute queries there are for each prompt.
+        own: as in `separator_vectors`.
+
+    Examples:
+        >>> str(SeparatorVectors(substitutes=1, own=True))
+        'separator_vectors(substitutes=1, own=True)'
     """
 
     name: ClassVar[str] = "separator_vectors"

@@ -33,8 +33,7 @@ def state_vectors(
     the last token (arXiv 2404.11225). It is written over the heads' outputs of the layers 0 to m together, where m is
     the layer that is named in `patch_generate`, `sweep_layers` or `evaluate`.
 
-    `last` is the number of separators that are read: the query's, and those of the last demonstrations before it. s_1,
-    ..., s_k are the states at these, in the order of the text.
+    s_1, ..., s_k are the states at the last k separators, in the order of the text.
 
     - Without `momentum` the vector is their mean (inner optimization; the paper uses 7).
     - With `momentum` it is s_k plus the weighted mean of the differences s_2 - s_1, ..., s_k - s_(k-1). The last of
@@ -42,12 +41,22 @@ def state_vectors(
       (s_i - s_(i-1))) / (sum over i of momentum^(k - i)), i from 2 to k. With 1 this is the ordinary mean, with 0 the
       last difference alone.
 
+    Args:
+        model: a bridge, or an engine to control batch size and BOS.
+        prompts: few-shot prompts.
+        last: the number k of separators that are read: the query's, and those of the last demonstrations before it.
+        momentum: 0 to 1, or None.
+
     Returns:
-        vectors of shape (prompt, layer, n_heads * d_head); `by_head` has the heads on a separate axis.
+        Vectors of shape (prompt, layer, n_heads * d_head); `by_head` has the heads on a separate axis.
 
     Raises:
         TvLensError: a model without attention heads, `last` below 1, a prompt with fewer separators, or a momentum that
             is not from 0 to 1, or is given with fewer than two separators.
+
+    Examples:
+        >>> tv.state_vectors(model, prompts, last=2).by_head.shape
+        torch.Size([4, 4, 4, 8])
     """
     engine = engine_for(model)
     check_prompts(prompts)
@@ -91,11 +100,16 @@ def _check(last: int, momentum: float | None) -> None:
 class StateVectors(Method):
     """`state_vectors` as a method.
 
-    >>> str(StateVectors(last=7))
-    'state_vectors(last=7, momentum=None)'
+    Attributes:
+        last: as in `state_vectors`.
+        momentum: as in `state_vectors`.
 
     Raises:
         TvLensError: `last` or `momentum` out of range.
+
+    Examples:
+        >>> str(StateVectors(last=7))
+        'state_vectors(last=7, momentum=None)'
     """
 
     name: ClassVar[str] = "state_vectors"

@@ -33,13 +33,25 @@ class ChatTemplate(PromptFormat):
     In the layout "turns" each input is a message of the user and each output the assistant's. In the layout "one turn"
     one message of the user holds all demonstrations and the query, written by `Template(example, separator)`.
 
-    `head` is the text before the first message of the user, with BOS and system message; `between` that from there to
-    the assistant's message, `after` that after it, and `before` that before the next message of the user. `ask` comes
-    after the query and `before_answer` after that. `strips` says that the model's template drops white space around
-    messages.
+    Attributes:
+        head: the text before the first message of the user, with BOS and system message.
+        before: that after an assistant's message, before the next one of the user.
+        between: that after a user's message, before the assistant's.
+        after: that after the assistant's message.
+        ask: what comes after the query.
+        layout: "turns" or "one turn".
+        before_answer: what comes after `ask`.
+        example: how a demonstration is written in the layout "one turn".
+        separator: what is between demonstrations in the layout "one turn".
+        strips: whether the model's template drops white space around messages.
 
     Raises:
         TvLensError: an unknown layout.
+
+    Examples:
+        >>> chat = ChatTemplate("<s>", "[User] ", " [Bot] ", "\\n", " [Bot]")
+        >>> chat.write([tv.Example("hot", "cold")], "big")
+        '<s>hot [Bot] cold\\n[User] big [Bot]'
     """
 
     head: str
@@ -78,7 +90,10 @@ class ChatTemplate(PromptFormat):
             layout: "turns", or "one turn" with all demonstrations in a single message.
             before_answer: what each of the assistant's messages begins with, such as "Answer: ".
             template: how demonstrations are written in the layout "one turn".
-            options: passed to the tokenizer's `apply_chat_template`, for example `enable_thinking=False`.
+            **options: passed to the tokenizer's `apply_chat_template`, for example `enable_thinking=False`.
+
+        Returns:
+            A prompt format.
 
         Raises:
             UnsupportedError: the tokenizer has no chat template.

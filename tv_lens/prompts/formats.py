@@ -15,7 +15,16 @@ SegmentRole = Literal["input", "separator", "output", "query", "boundary", "temp
 
 
 class Example(NamedTuple):
-    """One demonstration: an input and the output that goes with it."""
+    """One demonstration.
+
+    Attributes:
+        input: what is asked.
+        output: the answer.
+
+    Examples:
+        >>> Example("hot", "cold").output
+        'cold'
+    """
 
     input: str
     output: str
@@ -55,8 +64,12 @@ class PromptFormat(ABC):
     """How demonstrations and a query are written, and how an answer is cut out of what follows.
 
     A custom format is a frozen dataclass that derives from this class and defines `segments` and `cut`. It is saved by
-    its class name and its fields, so these must be JSON values, and the class must be imported before a file that
-    names it is loaded.
+    its class name and its fields, so these must be JSON values, and the class must be imported before a file that names
+    it is loaded.
+
+    Examples:
+        >>> isinstance(tv.PAPER, PromptFormat)
+        True
     """
 
     def __init_subclass__(cls) -> None:
@@ -67,15 +80,36 @@ class PromptFormat(ABC):
 
     @abstractmethod
     def segments(self, examples: Sequence[Example], query: str) -> Sequence[Segment]:
-        """The prompt in pieces, in order. Their texts joined are what the model sees."""
+        """The prompt in pieces, in order. Their texts joined are what the model sees.
+
+        Args:
+            examples: the demonstrations.
+            query: what is asked.
+
+        Returns:
+            The prompt in pieces, in order. Their texts joined are what the model sees.
+        """
 
     @abstractmethod
     def cut(self, text: str) -> str:
-        """The answer in a completion of the prompt."""
+        """The answer in a completion of the prompt.
+
+        Args:
+            text: what the model wrote after the prompt.
+
+        Returns:
+            The answer.
+        """
 
     def settled(self, text: str) -> str:
         """The beginning of the answer that is the same in all completions that start with `text`: what `cut` returns,
         without what may turn out to end the answer. By default nothing is known, and sweeps generate whole answers.
+
+        Args:
+            text: the beginning of a completion.
+
+        Returns:
+            The part of the answer that is the same in all completions with that beginning.
         """
         return ""
 
@@ -85,11 +119,27 @@ class PromptFormat(ABC):
         return None
 
     def continuation(self, query: str, answer: str) -> str:
-        """`answer` as it is written after the query: what a model that knows it would generate."""
+        """`answer` as it is written after the query: what a model that knows it would generate.
+
+        Args:
+            query: what is asked.
+            answer: its answer.
+
+        Returns:
+            The answer as a model that knows it would write it after the query.
+        """
         return answer
 
     def write(self, examples: Sequence[Example], query: str) -> str:
-        """The whole prompt as the model sees it."""
+        """The whole prompt as the model sees it.
+
+        Args:
+            examples: the demonstrations.
+            query: what is asked.
+
+        Returns:
+            The whole prompt as the model sees it.
+        """
         return "".join(segment.text for segment in self.segments(examples, query))
 
     def to_dict(self) -> dict[str, Any]:

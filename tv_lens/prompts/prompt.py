@@ -12,15 +12,23 @@ from tv_lens.prompts.templates import PAPER, PlainText
 
 @dataclass(frozen=True)
 class Prompt:
-    """Demonstrations and a query; `answer` is the expected output, `task` the task it was sampled from.
+    """Demonstrations and a query.
 
-    >>> prompt = Prompt((Example("hot", "cold"), Example("big", "small")), "tall", answer="short")
-    >>> print(prompt.text)
-    example:hot->cold
-    example:big->small
-    example:tall->
-    >>> prompt.zero_shot().text
-    'example:tall->'
+    Attributes:
+        examples: the demonstrations, `Example`s or plain pairs.
+        query: what is asked.
+        answer: the expected output.
+        template: how they are written.
+        task: the name of the task that the prompt was sampled from.
+
+    Examples:
+        >>> prompt = Prompt((Example("hot", "cold"), Example("big", "small")), "tall", answer="short")
+        >>> print(prompt.text)
+        example:hot->cold
+        example:big->small
+        example:tall->
+        >>> prompt.zero_shot().text
+        'example:tall->'
     """
 
     examples: tuple[Example, ...]
@@ -58,7 +66,14 @@ class Prompt:
         return replace(self, examples=())
 
     def asking(self, query: str) -> Prompt:
-        """The same demonstrations with another query, whose answer is not known."""
+        """The same demonstrations with another query, whose answer is not known.
+
+        Args:
+            query: the other query.
+
+        Returns:
+            A prompt whose answer is not known.
+        """
         return replace(self, query=query, answer=None)
 
 

@@ -13,19 +13,22 @@ from tv_lens.prompts.formats import Example, PromptFormat, Segment, without_star
 class Template(PromptFormat):
     r"""How demonstrations and the query are written.
 
-    `example` holds `{input}` and then `{output}`, each once. Everything else in it, other braces included, is written
-    literally. The query is `example` up to just before `{output}`, without trailing spaces, so that the answer's own
-    leading space stays with the answer's token.
+    The query is `example` up to just before `{output}`, without trailing spaces, so that the answer's own leading space
+    stays with the answer's token. The paper's form, which is the default of prompts, is `PAPER`.
 
-    >>> Template().show(Example("hot", "cold"))
-    'hot -> cold'
-    >>> Template("Q: {input}\nA: {output}", separator="\n\n").ask("hot")
-    'Q: hot\nA:'
-
-    The paper's form, which is the default of prompts, is `PAPER`: `Template("example:{input}->{output}")`.
+    Attributes:
+        example: a demonstration. It holds `{input}` and then `{output}`, each once. Everything else in it, other braces
+            included, is written literally.
+        separator: what is between demonstrations; answers end there.
 
     Raises:
         TvLensError: `{input}` or `{output}` is missing, repeated or in the wrong order, or the separator is empty.
+
+    Examples:
+        >>> Template().show(Example("hot", "cold"))
+        'hot -> cold'
+        >>> Template("Q: {input}\nA: {output}", separator="\n\n").ask("hot")
+        'Q: hot\nA:'
     """
 
     example: str = "{input} -> {output}"
@@ -60,12 +63,26 @@ class Template(PromptFormat):
         return before, between, after
 
     def show(self, example: Example) -> str:
-        """The text of one demonstration."""
+        """The text of one demonstration.
+
+        Args:
+            example: a demonstration.
+
+        Returns:
+            Its text.
+        """
         before, between, after = self._parts()
         return before + example.input + between + example.output + after
 
     def ask(self, query: str) -> str:
-        """The text that asks for the output of `query`."""
+        """The text that asks for the output of `query`.
+
+        Args:
+            query: what is asked.
+
+        Returns:
+            The text that asks for its output.
+        """
         before, between, _ = self._parts()
         return (before + query + between).rstrip(" ") if between else before + query
 
@@ -119,11 +136,17 @@ class Template(PromptFormat):
 
 # How the paper writes its prompts; the default everywhere.
 PAPER = Template("example:{input}->{output}")
+"""The template of Hendel et al. (2023), which is the default: `example:hot->cold`."""
 
 
 @dataclass(frozen=True)
 class PlainText(PromptFormat):
-    """A text without demonstrations, continued until the model ends it. Completions are kept as they are."""
+    """A text without demonstrations, continued until the model ends it. Completions are kept as they are.
+
+    Examples:
+        >>> PlainText().write((), "Once upon")
+        'Once upon'
+    """
 
     def segments(self, examples: Sequence[Example], query: str) -> list[Segment]:
         """The text itself."""
@@ -142,14 +165,18 @@ class PlainText(PromptFormat):
 
 @dataclass(frozen=True)
 class FreeText(PromptFormat):
-    """A sentence with `{input}` in it, without demonstrations, continued until the model ends it. The answer is all of
-    the completion; a rule such as `occurs` looks for the expected one in it.
+    """A sentence without demonstrations, continued until the model ends it. The answer is all of the completion; a rule
+    such as `occurs` looks for the expected one in it.
 
-    >>> FreeText("The opposite of {input} is").write((), "hot")
-    'The opposite of hot is'
+    Attributes:
+        text: the sentence, with `{input}` in it.
 
     Raises:
         TvLensError: `{input}` is missing or repeated.
+
+    Examples:
+        >>> FreeText("The opposite of {input} is").write((), "hot")
+        'The opposite of hot is'
     """
 
     text: str = "{input} means"

@@ -26,14 +26,20 @@ from tv_lens.tasks.readers import Located, Number, Object, Table, read_content
 
 @dataclass(frozen=True, repr=False)
 class ContrastivePairs:
-    """Two lists of texts of one length: `positive[i]` and `negative[i]` are a pair.
+    """Pairs of texts, one with a property and one without it.
 
-    >>> pairs = ContrastivePairs("mood", ("What a fine day.",), ("What a dull day.",))
-    >>> len(pairs), pairs.positive[0]
-    (1, 'What a fine day.')
+    Attributes:
+        name: the property.
+        positive: texts with it.
+        negative: texts without it; `positive[i]` and `negative[i]` are a pair.
 
     Raises:
         TvLensError: no pairs, lists of different lengths, an empty text, or two equal texts in a pair.
+
+    Examples:
+        >>> pairs = ContrastivePairs("mood", ("What a fine day.",), ("What a dull day.",))
+        >>> len(pairs), pairs.positive[0]
+        (1, 'What a fine day.')
     """
 
     name: str
@@ -63,7 +69,14 @@ class ContrastivePairs:
         return len(self.positive)
 
     def split(self, fraction: float, *, seed: int) -> tuple[ContrastivePairs, ContrastivePairs]:
-        """Two sets with no pair in common; the first has `fraction` of the pairs, rounded.
+        """Two sets with no pair in common.
+
+        Args:
+            fraction: the share of the pairs in the first, rounded.
+            seed: the same seed gives the same result.
+
+        Returns:
+            The two sets.
 
         Raises:
             TvLensError: one of the two would be empty.
@@ -99,10 +112,14 @@ class ContrastivePairs:
         `prompt`. A prompt is put before both texts, with a space if neither has white space there.
 
         Args:
+            path: the file.
             positive: the column of the texts that show the property.
             negative: the column of those that show its opposite.
             prompt: the column of what comes before both, if there is one.
             under: the key of the part to read, or several keys joined by dots.
+
+        Returns:
+            The pairs, named after the file.
 
         Raises:
             OSError: the file cannot be read.
@@ -179,11 +196,15 @@ def _joined(before: object, text: object) -> str:
 
 
 def contrastive_library() -> dict[str, ContrastivePairs]:
-    """The built-in contrastive pairs by name, 24 to 30 short sentences each: the first of a pair is polite, certain or
-    formal, the second says the same without.
+    """The built-in contrastive pairs, 24 to 30 short sentences each: the first of a pair is polite, certain or formal,
+    the second says the same without.
 
-    >>> contrastive_library()["certainty"]
-    ContrastivePairs('certainty', 30 pairs)
+    Returns:
+        Pairs by name.
+
+    Examples:
+        >>> contrastive_library()["certainty"]
+        ContrastivePairs('certainty', 30 pairs)
     """
     return {name: _listed(name) for name in ("politeness", "certainty", "formality")}
 

@@ -45,15 +45,19 @@ def _both_ways(
 
 
 def library() -> dict[str, Task]:
-    """The built-in tasks by name, all scored by `starts_with`: the paper's four categories, and bijections.
+    """The built-in tasks, all scored by `starts_with`: the paper's four categories, and bijections.
 
-    Algorithmic tasks are generated; the others look up lists of at least 60 pairs. Tasks on single letters have
-    25 or 26 inputs (50 or 52 if upper and lower case make different ones). A bijection mixes a mapping with its
-    inverse (Dong et al. 2025, arXiv 2506.09048): the input says which of the two is asked for.
+    Algorithmic tasks are generated; the others look up lists of at least 60 pairs. Tasks on single letters have 25 or
+    26 inputs (50 or 52 if upper and lower case make different ones). A bijection mixes a mapping with its inverse (Dong
+    et al. 2025, arXiv 2506.09048): the input says which of the two is asked for.
 
-    >>> task = library()["antonyms"]
-    >>> task.category, task.answer("happy"), task.right("unhappy", "sad")
-    ('linguistic', 'sad', True)
+    Returns:
+        Tasks by name.
+
+    Examples:
+        >>> task = library()["antonyms"]
+        >>> task.category, task.answer("happy"), task.right("unhappy", "sad")
+        ('linguistic', 'sad', True)
     """
     low, both = string.ascii_lowercase, (string.ascii_lowercase, string.ascii_uppercase)
     letters, numbers = _lists(low), _lists([str(i) for i in range(100)])

@@ -22,21 +22,24 @@ Decide: TypeAlias = Callable[[str, str], bool | None]
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule under a name: `accepts(prediction, answer)` says whether the prediction counts as the answer.
+    """A rule under a name: when does a prediction count as the answer?
 
-    The name goes into an experiment's settings. It is how a resumed run knows that the rule is the same, so give
-    rules that differ different names. A plain function can be used as a rule; its name and its source code serve as
-    the rule's name. Lambdas, closures and partials have no such name: wrap them in a `Rule` to use them with a folder.
+    The name goes into an experiment's settings. It is how a resumed run knows that the rule is the same, so give rules
+    that differ different names. A plain function can be used as a rule; its name and its source code serve as the
+    rule's name. Lambdas, closures and partials have no such name: wrap them in a `Rule` to use them with a folder.
 
-    `tokens` is how many generated tokens the rule needs to see. `accepts_ids`, if given, judges the generated token
-    ids instead of their text.
+    Attributes:
+        name: what tells the rule from others.
+        accepts: a function of prediction and answer: whether the prediction counts.
+        tokens: how many generated tokens the rule needs to see.
+        accepts_ids: if given, judges the generated token ids instead of their text.
+        decide: if given, a function of a beginning and the answer. It returns the verdict on every prediction with that
+            beginning, itself included, or None while they differ. A sweep then stops an answer as soon as its verdict
+            is known. Rules without it see whole answers. `exact_match` and `starts_with` have theirs.
 
-    `decide(beginning, answer)`, if given, returns the verdict on every prediction that starts with `beginning`, itself
-    included, or None while they differ. A sweep then stops an answer as soon as its verdict is known. Rules without it
-    see whole answers. The functions `exact_match` and `starts_with` have theirs.
-
-    >>> Rule("ignore case", lambda prediction, answer: prediction.lower() == answer.lower())("COLD", "cold")
-    True
+    Examples:
+        >>> Rule("ignore case", lambda prediction, answer: prediction.lower() == answer.lower())("COLD", "cold")
+        True
     """
 
     name: str
@@ -60,11 +63,25 @@ class Rule:
 
     @staticmethod
     def of(rule: Accepts | Rule) -> Rule:
-        """The rule itself, or a function wrapped under its name (an empty one for lambdas, closures and the like)."""
+        """The rule itself, or a function wrapped under its name (an empty one for lambdas, closures and the like).
+
+        Args:
+            rule: a rule, or a function.
+
+        Returns:
+            A rule; its name is empty for lambdas, closures and the like.
+        """
         return rule if isinstance(rule, Rule) else Rule(_function_name(rule), rule, decide=_decide_of(rule))
 
     def check_named(self, task: str) -> None:
-        """Raise TvLensError if a resumed run could not tell this rule from another."""
+        """Raise TvLensError if a resumed run could not tell this rule from another.
+
+        Args:
+            task: the task's name, for the message.
+
+        Raises:
+            TvLensError: a resumed run could not tell this rule from another.
+        """
         if not self.is_named:
             raise TvLensError(
                 f"task {task!r}: its rule is {self.accepts!r}, which has no name, so a run kept in a folder "
@@ -90,8 +107,16 @@ def exact_match(prediction: str, answer: str) -> bool:
 
     So "cold" and " cold" are equal, although their token ids differ.
 
-    >>> exact_match(" cold", "cold"), exact_match("Cold", "cold"), exact_match("col", "cold")
-    (True, False, False)
+    Args:
+        prediction: a generated answer.
+        answer: the expected answer.
+
+    Returns:
+        True if they are equal.
+
+    Examples:
+        >>> exact_match(" cold", "cold"), exact_match("Cold", "cold"), exact_match("col", "cold")
+        (True, False, False)
     """
     return prediction.strip() == answer.strip()
 
@@ -99,17 +124,25 @@ def exact_match(prediction: str, answer: str) -> bool:
 def starts_with(prediction: str, answer: str) -> bool:
     """Whether the prediction begins with the whole answer, or is the whole first word of it.
 
-    A longer word or number ("colder", "30", "3,000", "3.5") does not begin with the answer "cold" or "3", in any
-    script that puts spaces between words. In Chinese, Japanese, Thai, Lao, Khmer and Burmese, which do not, a longer
-    word counts as beginning with a shorter one.
+    A longer word or number ("colder", "30", "3,000", "3.5") does not begin with the answer "cold" or "3", in any script
+    that puts spaces between words. In Chinese, Japanese, Thai, Lao, Khmer and Burmese, which do not, a longer word
+    counts as beginning with a shorter one.
 
-    The second half lets a completion cut short (`max_new_tokens=1`) score on an answer of several words.
-    A fragment of a word is never enough; `first_token(model)` also accepts a first *token* that is less than a word.
+    The second half lets a completion cut short (`max_new_tokens=1`) score on an answer of several words. A fragment of
+    a word is never enough; `first_token(model)` also accepts a first *token* that is less than a word.
 
-    >>> starts_with("cold and wet", "cold"), starts_with("New", "New York"), starts_with("T", "Taipei")
-    (True, True, False)
-    >>> starts_with("cold_water()", "cold"), starts_with("colder", "cold"), starts_with("30", "3")
-    (True, False, False)
+    Args:
+        prediction: a generated answer.
+        answer: the expected answer.
+
+    Returns:
+        True if it does.
+
+    Examples:
+        >>> starts_with("cold and wet", "cold"), starts_with("New", "New York"), starts_with("T", "Taipei")
+        (True, True, False)
+        >>> starts_with("cold_water()", "cold"), starts_with("colder", "cold"), starts_with("30", "3")
+        (True, False, False)
     """
     prediction, answer = prediction.strip(), answer.strip()
     if not answer:

@@ -32,15 +32,27 @@ def _no_answer(text: str) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Task:
-    """A finite list of different inputs, the function that answers them, and what counts as correct.
+    """A finite list of different inputs, the function that answers them, and what counts as correct. For pairs use
+    `Task.from_mapping`, `Task.from_file` or `Task.from_records`.
 
-    `accepts` is the rule: a function of prediction and answer, or a named `Rule`. `accepted` maps an answer to its
-    accepted alternatives, whatever the input; `accepted_for` maps an input to the alternatives of its answer, if the
-    same answer has others elsewhere. `category` is what kind of task it is.
+    Attributes:
+        name: the task's name.
+        inputs: different texts.
+        answer: a function from an input to its answer.
+        accepts: the rule: a function of prediction and answer, or a named `Rule`.
+        accepted: maps an answer to its accepted alternatives, whatever the input.
+        category: what kind of task it is.
+        accepted_for: maps an input to the alternatives of its answer, if the same answer has others elsewhere.
 
     Raises:
         TvLensError: a duplicate input, so that demonstrations could give the answer away, or a text that no model or
             file could take.
+
+    Examples:
+        >>> task = Task("upper", ("a", "b", "c", "d"), str.upper)
+        >>> [prompt] = task.sample(1, shots=2, seed=0)
+        >>> prompt.shots, prompt.answer == prompt.query.upper()
+        (2, True)
     """
 
     name: str
@@ -80,6 +92,13 @@ class Task:
     def answers(self, answer: str, query: str | None = None) -> tuple[str, ...]:
         """The answer, and the alternatives that count as well, for the input `query`.
 
+        Args:
+            answer: an answer.
+            query: the input that was asked; needed if the answer has different alternatives for different inputs.
+
+        Returns:
+            The answer, and the alternatives that count as well.
+
         Raises:
             TvLensError: the alternatives depend on the input, and none is given.
         """
@@ -99,8 +118,14 @@ class Task:
     ) -> bool:
         """Whether the rule accepts the prediction for the answer or for one of its alternatives.
 
-        `ids` are the prediction's token ids, for a rule that compares those. `query` is the input that was asked; it
-        is needed if the answer has different alternatives for different inputs.
+        Args:
+            prediction: a generated answer.
+            answer: the expected answer.
+            ids: the prediction's token ids, for a rule that compares those.
+            query: the input that was asked; needed if the answer has different alternatives for different inputs.
+
+        Returns:
+            True if it does.
 
         Raises:
             TvLensError: the alternatives depend on the input, and none is given.
@@ -113,12 +138,21 @@ class Task:
         """The verdict of `right` on every prediction that starts with `beginning`, itself included; None if they
         differ, or if the rule cannot say.
 
-        >>> task = Task.from_mapping("antonyms", {"big": ["small", "little"]})
-        >>> task.decided("li", "small"), task.decided("little by", "small"), task.decided("la", "small")
-        (None, True, False)
+        Args:
+            beginning: the beginning of a generated answer.
+            answer: the expected answer.
+            query: as in `right`.
+
+        Returns:
+            The verdict of `right` on every prediction with that beginning, or None.
 
         Raises:
             TvLensError: the alternatives depend on the input, and none is given.
+
+        Examples:
+            >>> task = Task.from_mapping("antonyms", {"big": ["small", "little"]})
+            >>> task.decided("li", "small"), task.decided("little by", "small"), task.decided("la", "small")
+            (None, True, False)
         """
         rule = self.rule
         if rule.decide is None or not rule.can_decide:
@@ -137,19 +171,29 @@ class Task:
         accepts: Accepts | Rule = starts_with,
         category: str = "",
     ) -> Task:
-        """A task that looks its answers up. Of several answers in a list the first is shown in demonstrations
-        and all are accepted.
+        """A task that looks its answers up.
 
-        >>> task = Task.from_mapping("antonyms", {"hot": "cold", "big": ["small", "little"]})
-        >>> task.answer("big"), task.right("little", "small"), task.right("cold", "small")
-        ('small', True, False)
+        Args:
+            name: the task's name.
+            mapping: answers by input. Of several answers in a list the first is shown in demonstrations and all are
+                accepted.
+            accepts: the rule for answers.
+            category: what kind of task it is.
 
-        >>> task = Task.from_mapping("opposites", {"light": ["dark", "heavy"], "bright": "dark"})
-        >>> task.right("heavy", "dark", query="light"), task.right("heavy", "dark", query="bright")
-        (True, False)
+        Returns:
+            The task.
 
         Raises:
             TvLensError: an input or an answer is not a text.
+
+        Examples:
+            >>> task = Task.from_mapping("antonyms", {"hot": "cold", "big": ["small", "little"]})
+            >>> task.answer("big"), task.right("little", "small"), task.right("cold", "small")
+            ('small', True, False)
+
+            >>> task = Task.from_mapping("opposites", {"light": ["dark", "heavy"], "bright": "dark"})
+            >>> task.right("heavy", "dark", query="light"), task.right("heavy", "dark", query="bright")
+            (True, False)
         """
         if not isinstance(mapping, Mapping):
             raise TvLensError(
@@ -206,11 +250,15 @@ class Task:
         what was changed: repeats, numbers read as text, and a first row that may be a header.
 
         Args:
+            path: the file.
             input: the column or key of the inputs: its name, or its number, counted from 0.
             output: the same for the outputs.
             under: the key of the part to read, or several keys joined by dots.
             header: whether the first row of a table names its columns.
             accepts: the rule for answers.
+
+        Returns:
+            The task, named after the file.
 
         Raises:
             OSError: the file cannot be read.
@@ -233,18 +281,29 @@ class Task:
         accepts: Accepts | Rule = starts_with,
         category: str = "",
     ) -> Task:
-        """A task from records: a list of dictionaries or pairs, a dictionary of columns, a `datasets.Dataset`, a pandas
-        data frame, or a pandas series (inputs in its index, outputs in its values).
+        """A task from records in memory. Repeated inputs and numbers are treated as in `from_file`, with one warning.
 
-        Repeated inputs and numbers are treated as in `from_file`, with one warning.
+        Args:
+            name: the task's name.
+            records: a list of dictionaries or pairs, a dictionary of columns, a `datasets.Dataset`, a pandas data
+                frame, or a pandas series (inputs in its index, outputs in its values).
+            input: the column of the inputs, as in `from_file`.
+            output: the column of the outputs, as in `from_file`.
+            accepts: the rule for answers.
+            category: what kind of task it is.
 
-        >>> task = Task.from_records("rooms", [{"thing": "kettle", "where": "kitchen"}], input="thing", output="where")
-        >>> task.answer("kettle")
-        'kitchen'
+        Returns:
+            The task.
 
         Raises:
-            TvLensError: columns that are not clear (the message lists them), or records that are not pairs of
-                non-empty texts.
+            TvLensError: columns that are not clear (the message lists them), or records that are not pairs of non-empty
+                texts.
+
+        Examples:
+            >>> records = [{"thing": "kettle", "where": "kitchen"}]
+            >>> task = Task.from_records("rooms", records, input="thing", output="where")
+            >>> task.answer("kettle")
+            'kitchen'
         """
         source = f"task {name!r}"
         try:
@@ -271,9 +330,18 @@ class Task:
         return task
 
     def sample(self, n: int, *, shots: int, seed: int, template: PromptFormat = PAPER) -> list[Prompt]:
-        """`n` prompts with different queries, each after `shots` different demonstrations, none of them the query.
+        """Prompts with different queries, each after different demonstrations, none of them the query.
 
         The same seed gives the same prompts in every process, and fewer of them are the first of more.
+
+        Args:
+            n: how many prompts.
+            shots: how many demonstrations each shows.
+            seed: the same seed gives the same result.
+            template: how they are written.
+
+        Returns:
+            The prompts, with their answers.
 
         Raises:
             TvLensError: the task has too few inputs, or an answer contains the text at which `template` ends answers.
@@ -301,8 +369,16 @@ class Task:
         return prompts
 
     def substitutes(self, prompts: Sequence[Prompt], k: int, *, seed: int) -> list[tuple[str, ...]]:
-        """`k` different substitute queries for each prompt: never its query, never one of its demonstrations
-        (the paper's section 3.2 asks for another query than the one tested; its code can draw a demonstration).
+        """Different substitute queries for each prompt: never its query, never one of its demonstrations (the paper's
+        section 3.2 asks for another query than the one tested; its code can draw a demonstration).
+
+        Args:
+            prompts: few-shot prompts.
+            k: how many for each prompt.
+            seed: the same seed gives the same result.
+
+        Returns:
+            The queries of each prompt, for `extract`.
 
         Raises:
             TvLensError: a prompt leaves fewer than `k` inputs.
@@ -324,7 +400,14 @@ class Task:
         return chosen
 
     def split(self, fraction: float, *, seed: int) -> tuple[Task, Task]:
-        """Two tasks with no input in common; the first has `fraction` of the inputs, rounded.
+        """Two tasks with no input in common.
+
+        Args:
+            fraction: the share of the inputs in the first, rounded.
+            seed: the same seed gives the same result.
+
+        Returns:
+            The two tasks.
 
         Raises:
             TvLensError: one of the two would be empty.
@@ -361,12 +444,22 @@ class Task:
     def known(
         self, model: Model, *, shots: int, seed: int, template: PromptFormat = PAPER, max_new_tokens: int = 8
     ) -> Task:
-        """The part of the task that the model can do: the inputs that it answers correctly after `shots`
-        demonstrations. Each input is asked once (Todd et al. 2024, section 2.1, evaluate on such a part).
+        """The part of the task that the model can do: the inputs that it answers correctly after demonstrations. Each
+        input is asked once (Todd et al. 2024, section 2.1, evaluate on such a part).
 
         The name of the result holds the share, as in `antonyms (known: 51 of 94)`, and so does the provenance of
         vectors and experiments that come from it. Accuracies on it depend on this choice: few-shot accuracy is high
         because of it.
+
+        Args:
+            model: a bridge, or an engine to control batch size and BOS.
+            shots: how many demonstrations each query is asked after.
+            seed: of the demonstrations.
+            template: how they are written.
+            max_new_tokens: how many tokens an answer may have.
+
+        Returns:
+            A task of these inputs.
 
         Raises:
             TvLensError: too few inputs, or none that the model answers correctly.
