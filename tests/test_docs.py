@@ -25,6 +25,7 @@ QUICKSTART = ROOT / "examples" / "quickstart.py"
 
 
 def block(name: str, page: str = README) -> str:
+    page = page if "\n" in page else (ROOT / "docs" / page).read_text(encoding="utf-8")
     return re.search(rf"^```{name}\n(.*?)^```$", page, re.M | re.S)[1]  # type: ignore[index]
 
 
@@ -35,8 +36,29 @@ def test_the_readme_has_two_commands_of_one_line() -> None:
     assert "```bash tests" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")  # which runs that block
 
 
-def test_the_readmes_code_is_the_quickstart() -> None:
-    assert textwrap.indent(block("python"), "    ") in QUICKSTART.read_text(encoding="utf-8")
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 150
+
+
+def test_the_readmes_code_prints_what_it_shows(
+    demo: TransformerBridge, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Accuracies may differ by two of twenty answers elsewhere."""
+    monkeypatch.setattr(tv, "demo_model", lambda: tv.LocalEngine(demo, progress=False))
+    exec(block("python"), {})
+    shown, printed = block("text").splitlines(), capsys.readouterr().out.splitlines()
+    assert [outline(line) for line in printed] == [outline(line) for line in shown]
+    for expected, line in zip(shown, printed, strict=True):
+        assert numbers(line) == pytest.approx(numbers(expected), abs=0.11)
+
+
+def test_the_readmes_code_has_twelve_lines() -> None:
+    assert sum(bool(line.strip()) for line in block("python").splitlines()) <= 12
+
+
+def test_the_shown_code_is_the_quickstarts() -> None:
+    shown = block("python quickstart", "getting_started.md")
+    assert textwrap.indent(shown, "    ") in QUICKSTART.read_text(encoding="utf-8")
 
 
 def test_the_guide_to_extensions_shows_tested_code() -> None:
@@ -49,7 +71,7 @@ def test_the_guide_to_extensions_shows_tested_code() -> None:
     subprocess.run([sys.executable, "-c", "\n".join([imports, *shown.values()])], check=True)
 
 
-def test_the_quickstart_prints_what_the_readme_shows(demo: TransformerBridge) -> None:
+def test_the_quickstart_prints_what_is_shown(demo: TransformerBridge) -> None:
     """Line by line, but for the model's own words; accuracies may differ by two of twenty answers elsewhere."""
     run = subprocess.run(
         [sys.executable, str(QUICKSTART)],
@@ -58,34 +80,34 @@ def test_the_quickstart_prints_what_the_readme_shows(demo: TransformerBridge) ->
         text=True,
         check=True,
     )
-    shown, printed = block("text").rstrip().splitlines(), run.stdout.rstrip().splitlines()
+    shown, printed = block("text", "getting_started.md").rstrip().splitlines(), run.stdout.rstrip().splitlines()
     assert len(shown) == len(printed)
     for expected, line in zip(shown, printed, strict=True):
         assert outline(line) == outline(expected)
         assert numbers(line) == pytest.approx(numbers(expected), abs=0.11 if "->" not in line else 1e9)
 
 
-def test_the_readmes_session_gives_what_it_shows(demo: TransformerBridge) -> None:
+def test_the_session_on_meaning_gives_what_it_shows(demo: TransformerBridge) -> None:
     names = ("present_to_gerund", "present_to_past", "singular_to_plural", "antonyms", "to_upper", "place_to_continent")
     known: dict[str, Any] = {"tv": tv, "model": tv.LocalEngine(demo)}
     for name, short in zip(names, ("gerund", "past", "plural", "antonyms", "upper", "continents"), strict=True):
         task = tv.library()[name]
         prompts = task.sample(15, shots=5, seed=0, template=tv.PAPER)
         known[short] = tv.extract(known["model"], prompts, task.substitutes(prompts, 2, seed=0))
-    session = doctest.DocTestParser().get_doctest(block("pycon"), known, "README", None, 0)
+    session = doctest.DocTestParser().get_doctest(block("pycon", "meaning.md"), known, "meaning.md", None, 0)
     assert len(session.examples) == 4
     assert block("pycon") == block("pycon", (ROOT / "docs" / "meaning.md").read_text(encoding="utf-8"))
     assert doctest.DocTestRunner().run(session).failed == 0
 
 
-def test_the_readmes_keywords_do_what_their_comments_say(demo: TransformerBridge) -> None:
+def test_the_keywords_do_what_their_comments_say(demo: TransformerBridge) -> None:
     """Each line runs, and gives what its comment says."""
     task = tv.library()["antonyms"]
     prompts = task.sample(3, shots=2, seed=0, template=tv.Template("{input} -> {output}"))
     known: dict[str, Any] = {"model": tv.LocalEngine(demo, progress=False), "prompts": prompts, "dev": task}
     known |= {"extract": tv.extract, "patch_generate": tv.patch_generate}
     known["vectors"] = tv.extract(known["model"], prompts, task.substitutes(prompts, 2, seed=0))
-    code = [line for line in block("python keywords").splitlines() if line]
+    code = [line for line in block("python keywords", "writing.md").splitlines() if line]
     statements = [line for line in code if re.match(r"from |\w+ = ", line)]
     exec("\n".join(statements), known)
     lines = [line for line in code if line not in statements]
