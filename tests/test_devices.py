@@ -170,15 +170,19 @@ def test_a_cache_on_two_devices_is_forked_and_taken_apart(monkeypatch: pytest.Mo
 
 def test_a_tensor_on_the_other_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the tests above could not fail."""
-    engine, _ = split_engine(monkeypatch)
+    engine, mode = split_engine(monkeypatch)
     tokens = tokens_of(engine, ["hot ->"])
-    monkeypatch.setattr(engine, "_logits_to_keep", lambda logits: {"logits_to_keep": torch.zeros(0, dtype=torch.long)})
+    with mode:
+        nothing = torch.zeros(0, dtype=torch.long, device=FIRST)
+    monkeypatch.setattr(engine, "_logits_to_keep", lambda logits: {"logits_to_keep": nothing})
     with pytest.raises(RuntimeError, match="indices are on cpu:1, what they index is on cpu:2"):
         engine.forward(tokens, logits=False)
 
     def write_from_the_first_device(activation: torch.Tensor, hook: Any) -> torch.Tensor:
         return activation + torch.ones(32, device=FIRST)
 
+    monkeypatch.undo()
+    engine, _ = split_engine(monkeypatch)
     engine.bridge.add_hook("blocks.3.hook_resid_post", write_from_the_first_device)
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         engine.forward(tokens, logits=True)
