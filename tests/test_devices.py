@@ -154,16 +154,15 @@ def test_tensors_go_to_the_device_of_what_they_are_written_into(
     assert (output.logits is None) == (logits is False)
 
 
-def test_a_cache_on_two_devices_is_forked_and_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_on_two_devices_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, mode = split_engine(monkeypatch)
-    tokens = tokens_of(engine, ["hot -> cold", "a quick ->"])
+    tokens = tokens_of(engine, ["hot -> cold", "a quick ->", "wet ->"])
     past = engine.forward(tokens, logits=False).past
     with mode:
-        wide = engine.fork(past, 2)
-        fewer = engine.select(wide, [0, 3])
+        fewer = engine.select(past, [0, 2])
     assert fewer is not None
     assert [str(each.keys.device) for each in fewer.layers] == [FIRST, FIRST, SECOND, SECOND]
-    step = tokens.repeat(2).keep([0, 3]).then(torch.tensor([5, 6]))
+    step = tokens.keep([0, 2]).then(torch.tensor([5, 6]))
     edits = tv.Edits.per_row(torch.ones(2, 32), torch.tensor([0, 2]))
     assert engine.forward(step, edits=edits, past=fewer).logits is not None
 
