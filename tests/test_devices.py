@@ -154,31 +154,34 @@ def test_tensors_go_to_the_device_of_what_they_are_written_into(
     assert (output.logits is None) == (logits is False)
 
 
-def test_a_cache_on_two_devices_is_forked_and_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_on_two_devices_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, mode = split_engine(monkeypatch)
-    tokens = tokens_of(engine, ["hot -> cold", "a quick ->"])
+    tokens = tokens_of(engine, ["hot -> cold", "a quick ->", "wet ->"])
     past = engine.forward(tokens, logits=False).past
     with mode:
-        wide = engine.fork(past, 2)
-        fewer = engine.select(wide, [0, 3])
+        fewer = engine.select(past, [0, 2])
     assert fewer is not None
     assert [str(each.keys.device) for each in fewer.layers] == [FIRST, FIRST, SECOND, SECOND]
-    step = tokens.repeat(2).keep([0, 3]).then(torch.tensor([5, 6]))
+    step = tokens.keep([0, 2]).then(torch.tensor([5, 6]))
     edits = tv.Edits.per_row(torch.ones(2, 32), torch.tensor([0, 2]))
     assert engine.forward(step, edits=edits, past=fewer).logits is not None
 
 
 def test_a_tensor_on_the_other_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the tests above could not fail."""
-    engine, _ = split_engine(monkeypatch)
+    engine, mode = split_engine(monkeypatch)
     tokens = tokens_of(engine, ["hot ->"])
-    monkeypatch.setattr(engine, "_logits_to_keep", lambda logits: {"logits_to_keep": torch.zeros(0, dtype=torch.long)})
+    with mode:
+        nothing = torch.zeros(0, dtype=torch.long, device=FIRST)
+    monkeypatch.setattr(engine, "_logits_to_keep", lambda logits: {"logits_to_keep": nothing})
     with pytest.raises(RuntimeError, match="indices are on cpu:1, what they index is on cpu:2"):
         engine.forward(tokens, logits=False)
 
     def write_from_the_first_device(activation: torch.Tensor, hook: Any) -> torch.Tensor:
         return activation + torch.ones(32, device=FIRST)
 
+    monkeypatch.undo()
+    engine, _ = split_engine(monkeypatch)
     engine.bridge.add_hook("blocks.3.hook_resid_post", write_from_the_first_device)
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         engine.forward(tokens, logits=True)
