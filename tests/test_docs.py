@@ -190,6 +190,19 @@ def test_the_code_of_a_page_runs(page: str, llama: Twins, tmp_path: Path, monkey
         exec(code, known)
 
 
+def test_the_tests_that_pages_name_are_there() -> None:
+    named = {
+        name for path in (ROOT / "docs").rglob("*.md") for name in re.findall(r"`(test_\w+)`", path.read_text("utf-8"))
+    }
+    there = {
+        name
+        for path in (ROOT / "tests").glob("*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.M)
+    }
+    assert len(named) > 10
+    assert named <= there
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.stem)
 def test_code_without_a_name_is_python(path: Path) -> None:
     for code in re.findall(r"^```python\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S):
