@@ -244,9 +244,20 @@ class Engine(ABC):
     def answers(
         self, rows: Sequence[Sequence[int]], edits: Edits, *, max_new_tokens: int, stops: Sequence[Stop]
     ) -> list[list[int]]:
-        """The most likely continuation of every row, its ids up to the first that ends it: one of `info.end_ids` or of
-        the row's stop, or the one that completes its text. For engines that batch rows themselves; they get all rows of
-        a sweep or an evaluation at once. No edit is made at every step.
+        """The most likely continuation of every row. For engines that batch rows themselves; they get all rows of a
+        sweep or an evaluation at once.
+
+        Args:
+            rows: token ids, without pads.
+            edits: what is written, none of it at every step.
+            max_new_tokens: how many ids an answer may have.
+            stops: for each row, what ends its answer, besides `info.end_ids`.
+
+        Returns:
+            The ids of each answer, up to the first that ends it or that completes the stop's text.
+
+        Raises:
+            UnsupportedError: the engine runs batches that it is given.
         """
         raise UnsupportedError(self.cannot(Capability.BATCHED_ANSWERS))
 
