@@ -244,20 +244,21 @@ class Engine(ABC):
     def answers(
         self, rows: Sequence[Sequence[int]], edits: Edits, *, max_new_tokens: int, stops: Sequence[Stop]
     ) -> list[list[int]]:
-        """The most likely continuation of every row. For engines that batch rows themselves; they get all rows of a
-        sweep or an evaluation at once.
+        """The most likely continuation of every row, for engines that batch rows themselves; they get all rows of a
+        sweep or an evaluation at once. No edit is made at every step.
 
         Args:
-            rows: token ids, without pads.
-            edits: what is written, none of it at every step.
-            max_new_tokens: how many ids an answer may have.
-            stops: for each row, what ends its answer, besides `info.end_ids`.
+            rows: the ids of each row.
+            edits: what is written.
+            max_new_tokens: how many tokens an answer may have.
+            stops: what ends each row's answer.
 
         Returns:
-            The ids of each answer, up to the first that ends it or that completes the stop's text.
+            The ids of each answer, up to the first that ends it: one of `info.end_ids` or of the row's stop, or the one
+            that completes its text.
 
         Raises:
-            UnsupportedError: the engine runs batches that it is given.
+            UnsupportedError: the engine does not batch rows itself.
         """
         raise UnsupportedError(self.cannot(Capability.BATCHED_ANSWERS))
 

@@ -18,15 +18,15 @@ def vllm_engine(  # noqa: PLR0913 - its options are keywords
     prepend_bos: bool | None = None,
     progress: bool = True,
 ) -> Engine:
-    """An engine that sends its rows to `vllm serve` with the plug-in vllm-lens, at `url` ("http://localhost:8000").
-    Pass it to public functions as their `model`. See docs/servers.md.
+    """An engine that sends its rows to `vllm serve` with the plug-in vllm-lens. Pass it to public functions as their
+    `model` (see `docs/servers.md`).
 
     Args:
-        url: the server's address, with or without `/v1`.
+        url: where the server is, such as "http://localhost:8000".
         model: the model's name on the Hugging Face hub or its folder, for its configuration and tokenizer. None: what
             the server says that it loaded.
         served_as: the name under which the server runs it; None for the first one.
-        api_key: what the server was started with as `--api-key`.
+        api_key: what the server asks for, if it does.
         in_flight: how many rows the server has at once, at most.
         timeout: how long one answer may take, in seconds.
         retries: how often a row that gets no answer is sent again.
@@ -34,7 +34,7 @@ def vllm_engine(  # noqa: PLR0913 - its options are keywords
         progress: whether progress bars are shown.
 
     Returns:
-        The engine; its `close()` closes the connections.
+        An engine.
 
     Raises:
         MissingExtraError: the HTTP client is not installed.
@@ -43,7 +43,7 @@ def vllm_engine(  # noqa: PLR0913 - its options are keywords
         TvLensError: the configuration or the tokenizer cannot be loaded.
 
     Examples:
-        >>> tv.vllm_engine("http://localhost:8000", model="tiny")  # doctest: +SKIP
+        >>> engine = tv.vllm_engine("http://localhost:8000")  # doctest: +SKIP
     """
     try:
         from tv_lens.engines.vllm import VLLMEngine
