@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Iterator
 
 # Every test process, and what it starts, gets its share of the cores: two that share one are many times slower.
@@ -17,7 +18,7 @@ os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")  # no copy of Plotly
 import pytest
 import torch
 from jaxtyping import config
-from models import ARCHITECTURES, Twins, make_twins
+from models import ARCHITECTURES, CONFIGS, Twins, make_twins
 from transformer_lens.model_bridge import TransformerBridge
 
 import tv_lens as tv
@@ -65,8 +66,26 @@ def demo() -> TransformerBridge:
     return pytest.skip(actual) if isinstance(actual, str) else actual
 
 
+# Of the laws that hold for every architecture, the default run tests these two.
+FAST = {"gpt2", "llama"}
+SLOW_FILES = {"test_grids.py", "test_interrupts.py", "test_memory.py", "test_simulation.py", "test_study.py"}
+
+
+def kind_of(item: pytest.Item) -> str:
+    """Which marker a test gets, unless it has one: see CONTRIBUTING.md."""
+    fixtures = set(item.fixturenames) if isinstance(item, pytest.Function) else set()
+    names = set(re.findall(r"[a-z]\w+", item.nodeid.partition("[")[2])) & set(CONFIGS)
+    if item.path.suffix == ".ipynb" or item.path.name in SLOW_FILES or fixtures & {"demo", "browser"} or names - FAST:
+        return "slow"
+    return "laws" if names or fixtures & {"twins", "llama", "gpt2"} else "unit"
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The notebooks run first, since they take longest, and on the demo model."""
+    """Every test gets a marker. The notebooks run first, since they take longest, and on the demo model."""
+    for item in items:
+        if not any(item.get_closest_marker(kind) for kind in ("unit", "laws", "slow")):
+            item.add_marker(kind_of(item))
     notebooks = [item for item in items if item.path.suffix == ".ipynb"]
     items[:] = [*notebooks, *(item for item in items if item not in notebooks)]
     if notebooks and isinstance(demo_or_reason(), str):

@@ -455,6 +455,7 @@ def test_files_are_read_with_options_and_warnings_are_one_line(
     assert (code, "the first row ('au', 'AU') is read as data" in err) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_hash_seeds_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     names = [name for name, task in tv.library().items() if task.category in ("algorithmic", "translation")]
@@ -478,6 +479,7 @@ def test_a_killed_run_resumes_and_hash_seeds_change_nothing(tiny: Tiny, tmp_path
     assert len(list(folder.glob("task-*.json"))) == len(names)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_exits_with_130_and_resumes(
     capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path
 ) -> None:

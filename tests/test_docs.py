@@ -61,6 +61,7 @@ def test_the_shown_code_is_the_quickstarts() -> None:
     assert textwrap.indent(shown, "    ") in QUICKSTART.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_guide_to_extensions_shows_tested_code() -> None:
     source = (ROOT / "tests" / "test_extending.py").read_text(encoding="utf-8")
     tested = dict(re.findall(r"^# --- docs: (\w+)\n(.*?)^# --- docs: end$", source, re.M | re.S))

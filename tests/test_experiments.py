@@ -452,6 +452,7 @@ def test_dev_and_test_share_no_input(experiment: tv.Experiment) -> None:
         assert not shown[0] & shown[1]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_result_and_another_seed_does_not(llama: Twins, experiment: tv.Experiment) -> None:
     random.seed(99)
     torch.manual_seed(99)

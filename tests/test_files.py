@@ -385,6 +385,7 @@ def test_a_damaged_experiment_is_usable_or_names_the_file(tmp_path: Path) -> Non
     assert refused > ROUNDS / 8
 
 
+@pytest.mark.slow
 def test_an_experiment_of_other_types_is_usable_or_names_the_file(tmp_path: Path) -> None:
     experiment().save(tmp_path / "e.json")
     read_back = 0

@@ -206,6 +206,7 @@ def test_descriptions_tell_values_apart(one: Any, other: Any) -> None:
     assert describe(one) != describe(other)
 
 
+@pytest.mark.slow
 def test_a_description_is_the_same_in_every_process() -> None:
     code = "import test_fingerprint as t; print(t.describe([{'a', 'b', 'c'}, t.scale, t.factory(t.torch.ones(3))]))"
     outputs = {

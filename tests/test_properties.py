@@ -155,6 +155,7 @@ def until_the_end(chosen: list[int], separator: str) -> list[int]:
     return chosen
 
 
+@pytest.mark.slow
 @tried(8)
 @given(
     inputs=st.lists(SHORT, min_size=7, max_size=10, unique=True),

@@ -394,6 +394,7 @@ def chances_of(wins: float, losses: float, n: int) -> Float[np.ndarray, "wins lo
     return table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [6, 13, 20])
 def test_bounds_of_one_seed_are_valid_by_enumeration(n: int, as_users_run_it: None) -> None:
     """Every possible sample by its chance: intervals cover in 95%, and lower bounds are too high in at most 5%."""
@@ -454,6 +455,7 @@ def cells(n_seeds: int, means: Sequence[float]) -> list[tuple[int, int, float, f
     return [cell for cell in grid if cell[3] == 0 or cell[2] not in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_seeds", [1, 2, 3, 5])
 def test_intervals_of_accuracies_cover_the_truth(n_seeds: int, as_users_run_it: None) -> None:
     runs = 1000
@@ -464,6 +466,7 @@ def test_intervals_of_accuracies_cover_the_truth(n_seeds: int, as_users_run_it: 
         assert coverage >= 0.95 - tolerated(runs), cell
 
 
+@pytest.mark.slow
 def test_a_naive_bootstrap_does_not_cover_the_truth(as_users_run_it: None) -> None:
     """The simulation can fail: it rejects a bootstrap of few seeds, and the interval of all answers."""
     runs = 400
@@ -491,6 +494,7 @@ def two_conditions(
     return both[0], both[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_seeds", [1, 2, 3, 5])
 def test_intervals_of_differences_cover_the_truth(n_seeds: int, as_users_run_it: None) -> None:
     runs = 200
@@ -506,6 +510,7 @@ def test_intervals_of_differences_cover_the_truth(n_seeds: int, as_users_run_it:
             assert coverage >= 0.95 - tolerated(runs), (n, means, deviation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_seeds", [1, 3])
 def test_intervals_of_numbers_cover_the_truth(n_seeds: int, as_users_run_it: None) -> None:
     runs = 100
@@ -521,6 +526,7 @@ def test_intervals_of_numbers_cover_the_truth(n_seeds: int, as_users_run_it: Non
             assert coverage >= 0.95 - tolerated(runs), (n, deviation, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_seeds", [1, 3])
 def test_intervals_of_shares_cover_the_truth(n_seeds: int, as_users_run_it: None) -> None:
     runs = 100
@@ -556,6 +562,7 @@ def headline_p_values(
     return honest, pooled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_seeds", [1, 3])
 def test_adjusted_tests_keep_their_level(n_seeds: int, as_users_run_it: None) -> None:
     """A table of 8 tasks with 2 controls each. If the vector equals all controls, or one (the others being far worse),
@@ -577,6 +584,7 @@ def test_adjusted_tests_keep_their_level(n_seeds: int, as_users_run_it: None) ->
             assert n_seeds == 1 or pooled > 0.05 + tolerated(runs)
 
 
+@pytest.mark.slow
 def test_adjusted_tests_keep_their_level_beside_true_effects(as_users_run_it: None) -> None:
     """Four tasks of which the vector works, and four of which it equals a control: any of the latter is called better
     in at most 5% of tables, and the former are called better.
@@ -595,6 +603,7 @@ def test_adjusted_tests_keep_their_level_beside_true_effects(as_users_run_it: No
     assert np.mean(right) > 0.95
 
 
+@pytest.mark.slow
 def test_non_inferiority_over_seeds_keeps_its_level(as_users_run_it: None) -> None:
     """If the first condition is worse by exactly the margin, it is called as good in at most 5% of runs."""
     runs = 300

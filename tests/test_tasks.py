@@ -356,6 +356,7 @@ def test_functions_have_names_and_what_hides_its_state_has_none() -> None:
     assert Rule.of(Rule("mine", rule_factory(3))).name == "mine"
 
 
+@pytest.mark.slow
 def test_a_rules_name_is_the_same_in_every_process() -> None:
     """Also if it holds a set, whose order depends on the hashing of the process."""
     code = "import test_tasks; from tv_lens import Rule; print(Rule.of(test_tasks.named_rule).name)"
