@@ -153,7 +153,6 @@ def test_the_page_on_comparing_runs(llama: Twins, tmp_path: Path, monkeypatch: p
 
 
 PAGES = (
-    "concepts.md",
     "getting_started.md",
     "coming_from.md",
     "evidence.md",
