@@ -59,13 +59,13 @@ def _free(device: torch.device) -> int:
 def costs_of(bridge: TransformerBridge, dtype: torch.dtype, *, keeps_cache: bool, picks_logits: bool) -> Costs:
     """What a row costs, by the model's configuration. `dtype` is that of its activations."""
     cfg, config, size = bridge.cfg, config_of(bridge), dtype.itemsize
-    n_layers, n_heads, d_model = int(cfg.n_layers), max(1, int(cfg.n_heads)), int(cfg.d_model)
-    key = value = int(cfg.d_head)
+    # Models without attention have no heads.
+    n_layers, n_heads, d_model = int(cfg.n_layers), max(1, int(cfg.n_heads or 1)), int(cfg.d_model)
+    key = value = max(0, int(cfg.d_head or 0))
+    n_kept = int(cfg.n_key_value_heads or n_heads)
     if config.get("kv_lora_rank"):  # multi-head latent attention caches the keys and values of all heads
-        key, value = int(config["qk_nope_head_dim"]) + int(config["qk_rope_head_dim"]), int(config["v_head_dim"])
-        n_kept = n_heads
-    else:
-        n_kept = int(cfg.n_key_value_heads or n_heads)
+        n_kept, value = n_heads, int(config.get("v_head_dim") or value)
+        key = int(config.get("qk_nope_head_dim") or key) + int(config.get("qk_rope_head_dim") or 0)
     # The model's own logits, their float32 copy, and what is computed from them.
     of_logit = size + 2 * _FLOAT32
     return Costs(
