@@ -96,7 +96,6 @@ def test_the_session_on_meaning_gives_what_it_shows(demo: TransformerBridge) -> 
         known[short] = tv.extract(known["model"], prompts, task.substitutes(prompts, 2, seed=0))
     session = doctest.DocTestParser().get_doctest(block("pycon", "meaning.md"), known, "meaning.md", None, 0)
     assert len(session.examples) == 4
-    assert block("pycon") == block("pycon", (ROOT / "docs" / "meaning.md").read_text(encoding="utf-8"))
     assert doctest.DocTestRunner().run(session).failed == 0
 
 
@@ -180,7 +179,7 @@ def test_the_code_of_a_page_runs(page: str, llama: Twins, tmp_path: Path, monkey
         "steering": SimpleNamespace(layer_activations={layer: torch.ones(32) for layer in (0, 1)}),
     }
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python \w+\n(.*?)^```$", text, re.M | re.S)
+    blocks = re.findall(r"^```python (?!quickstart)\w+\n(.*?)^```$", text, re.M | re.S)  # that one has its own test
     assert blocks
     for code in blocks:
         code = re.sub(r"(sample\()(?!1\b)\d+", r"\g<1>4", re.sub(r"(n_dev=|n_test=)\d+", r"\g<1>2", code))

@@ -477,11 +477,11 @@ class TaskVectors:
         return "".join(f", {name} {value}" for name, value in differing.items())
 
     def save(self, path: str | Path, *, notes: Mapping[str, float] | None = None) -> None:
-        """Write a safetensors file with the provenance as JSON in its header, whole or not at all. `notes` are numbers
-        to keep beside the vectors, such as what making them took; `load` ignores them.
+        """Write a safetensors file with the provenance as JSON in its header, whole or not at all.
 
         Args:
             path: where to write.
+            notes: numbers to keep beside the vectors, such as what making them took; `load` ignores them.
 
         Raises:
             OSError: the folder is missing or cannot be written to.
