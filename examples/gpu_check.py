@@ -24,6 +24,7 @@ from tokenizers import models as kinds
 from tokenizers.trainers import BpeTrainer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaConfig,
@@ -80,7 +81,7 @@ class Checks:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.config = AutoModelForCausalLM.from_pretrained(name).config
+        self.config = AutoConfig.from_pretrained(name)
         self.is_quantized = "quantization_config" in self.config.to_dict()
         self.expected: torch.Tensor | None = None if self.is_quantized else self.results(self.boot(device="cpu"))
 

@@ -179,7 +179,7 @@ def test_the_code_of_a_page_runs(page: str, llama: Twins, tmp_path: Path, monkey
         "steering": SimpleNamespace(layer_activations={layer: torch.ones(32) for layer in (0, 1)}),
     }
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python (?!quickstart)\w+\n(.*?)^```$", text, re.M | re.S)  # that one has its own test
+    blocks = re.findall(r"^```python (?!quickstart)\w+\n(.*?)^```$", text, re.M | re.S)
     assert blocks
     for code in blocks:
         code = re.sub(r"(sample\()(?!1\b)\d+", r"\g<1>4", re.sub(r"(n_dev=|n_test=)\d+", r"\g<1>2", code))

@@ -145,7 +145,7 @@ def test_a_single_number_has_no_bounds() -> None:
     assert mean_interval([[-1.5, -1.5]]) == (-1.5, -1.5)
 
 
-def test_nearly_equal_numbers_are_no_reason_to_warn() -> None:
+def test_nearly_equal_numbers_do_not_warn() -> None:
     """Scipy's bootstrap divides 0 by 0 for them."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")

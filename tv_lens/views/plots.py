@@ -152,7 +152,7 @@ def plot_experiment(experiment: Experiment) -> go.Figure:
             orientation="h",
             offsetgroup="patched",
             marker={
-                # Empty and of different sizes, so that symbols at the same spot can be told apart.
+                # Empty and of different sizes, so that symbols at the same spot can be distinguished.
                 "symbol": f"{SYMBOLS[1 + i % (len(SYMBOLS) - 1)]}-open",
                 "size": max(15 - 4 * i, 5),
                 "color": "#000000",
