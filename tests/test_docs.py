@@ -97,7 +97,6 @@ def test_the_session_on_meaning_gives_what_it_shows(demo: TransformerBridge) -> 
         known[short] = tv.extract(known["model"], prompts, task.substitutes(prompts, 2, seed=0))
     session = doctest.DocTestParser().get_doctest(block("pycon", "meaning.md"), known, "meaning.md", None, 0)
     assert len(session.examples) == 4
-    assert block("pycon") == block("pycon", (ROOT / "docs" / "meaning.md").read_text(encoding="utf-8"))
     assert doctest.DocTestRunner().run(session).failed == 0
 
 
@@ -154,7 +153,6 @@ def test_the_page_on_comparing_runs(llama: Twins, tmp_path: Path, monkeypatch: p
 
 
 PAGES = (
-    "concepts.md",
     "getting_started.md",
     "coming_from.md",
     "evidence.md",
