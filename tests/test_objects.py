@@ -231,6 +231,8 @@ def test_what_is_usual_does_not_warn(llama: Twins) -> None:
         tv.patched_logits(model, prompts, vectors, 1)  # as in the paper: read at substitute queries
         tv.patched_logits(model, test.sample(3, shots=0, seed=1), vectors.mean(), 1)
         tv.patched_logits(model, ["plain text"], vectors.mean(), 1)
+        steering = tv.mean_difference(model, ["good", "fine"], ["bad", "poor"])
+        tv.patched_logits(model, prompts, steering, 1)
 
 
 @pytest.mark.parametrize(

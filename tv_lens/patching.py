@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import index
+from types import NoneType
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -119,7 +120,7 @@ def _warn_of_differences(engine: Engine, prompts: Sequence[Prompt], vectors: Tas
     """
     others = {prompt.template for prompt in prompts if not isinstance(prompt.template, (PlainText, FreeText))}
     others.discard(vectors.template)
-    if vectors.template is not None and others:
+    if others and not isinstance(vectors.template, (PlainText, FreeText, NoneType)):
         warn(
             f"these vectors are from prompts of {vectors.template!r} and are written into {next(iter(others))!r}; a "
             "vector may do less in another template"
