@@ -182,7 +182,7 @@ class Checks:
         needs(cuda(1), "a CUDA GPU")
         needs(installed("bitsandbytes"), "bitsandbytes")
         needs(not self.is_quantized, "a model that is not quantized")
-        model = self.loaded(quantization_config=BitsAndBytesConfig(**options), device_map={"": 0})
+        model = self.loaded(quantization_config=BitsAndBytesConfig(**options), device_map={"": 0})  # type: ignore[no-untyped-call]
         return f"{self.near(model, QUANTIZED)}; {self.trained(model)}"
 
     def bitsandbytes_8(self) -> str:

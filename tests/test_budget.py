@@ -37,7 +37,7 @@ def allocations() -> Iterator[list[int]]:
     highest: list[int] = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         yield highest
-    results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results: Any = profile.profiler.kineto_results
     events = sorted((each.start_ns(), each.nbytes()) for each in results.events() if each.name() == "[memory]")
     now = most = 0
     for _, change in events:
@@ -186,7 +186,8 @@ def test_a_cpu_without_memory_continues_with_fewer_rows() -> None:
         if len(args[0]) > 3:
             torch.empty(2**62, dtype=torch.int8)
 
-    handle = bridge.original_model.model.layers[2].register_forward_pre_hook(full)
+    block: torch.nn.Module = bridge.original_model.get_submodule("model.layers.2")
+    handle = block.register_forward_pre_hook(full)
     with pytest.warns(tv.TvLensWarning, match="no memory for 6 rows in a pass; continuing with fewer"):
         actual = tv.generate(tv.LocalEngine(bridge, progress=False), PROMPTS, max_new_tokens=2).texts
     handle.remove()

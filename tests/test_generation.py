@@ -181,7 +181,7 @@ def test_wrong_use_says_what_to_do(as_users_run_it: None) -> None:
 def test_a_tensor_instead_of_vectors_is_refused(as_users_run_it: None) -> None:
     twins = make_twins("gpt2")
     with pytest.raises(ValueError, match="vectors are a Tensor; pass the TaskVectors themselves"):
-        tv.patch_generate(twins.bridge, PROMPTS, vectors_for(twins, 4).at(1), 1)  # type: ignore[arg-type]
+        tv.patch_generate(twins.bridge, PROMPTS, vectors_for(twins, 4).at(1), 1)
 
 
 def test_each_step_draws_again() -> None:

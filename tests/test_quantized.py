@@ -188,7 +188,7 @@ def test_bitsandbytes_is_near_what_its_weights_round_to(bits: int, tmp_path: Pat
     functional = pytest.importorskip("bitsandbytes.functional")
     twins = make_twins("llama", **SIZES)
     twins.plain.save_pretrained(tmp_path)
-    quantized = transformers.BitsAndBytesConfig(
+    quantized = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=torch.float32
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(

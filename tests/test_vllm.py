@@ -166,8 +166,7 @@ def test_other_ways_to_write_give_what_a_local_model_gives(pair: Pair, how: tv.W
     vectors = tv.extract(local, PROMPTS, SUBSTITUTES)
     for options in ({"layer": 2}, {"layer": tv.layers(0, 2), "positions": [-3, -1]}):
         actual, expected = (
-            tv.patch_generate(each, PROMPTS, vectors, how=how, max_new_tokens=3, **options)  # type: ignore[arg-type]
-            for each in (served, local)
+            tv.patch_generate(each, PROMPTS, vectors, how=how, max_new_tokens=3, **options) for each in (served, local)
         )
         assert torch.equal(actual.tokens, expected.tokens)
 

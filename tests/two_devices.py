@@ -25,7 +25,7 @@ PLACES = {
 }
 
 
-class AsOnGPUs(TorchDispatchMode):
+class AsOnGPUs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What `FakeTensorMode` gets wrong about devices of one type: an index may be on the host or on the same device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -45,7 +45,7 @@ def _move(module: nn.Module, device: str) -> None:
         for name, tensor in each.named_parameters(recurse=False):
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             setattr(each, name, nn.Parameter(empty, requires_grad=False))
-        for name, tensor in each.named_buffers(recurse=False):
+        for name, tensor in each.named_buffers(recurse=False):  # type: ignore[assignment]
             setattr(each, name, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
 
@@ -62,7 +62,7 @@ def split_bridge(monkeypatch: pytest.MonkeyPatch) -> tuple[TransformerBridge, Fa
     run = bridge.run_with_hooks
 
     def in_mode(ids: Tensor, *, attention_mask: Tensor, **options: Any) -> Any:
-        with mode, AsOnGPUs():
+        with mode, AsOnGPUs():  # type: ignore[no-untyped-call]
             return run(ids.to(FIRST), attention_mask=attention_mask.to(FIRST), **options)
 
     monkeypatch.setattr(bridge, "run_with_hooks", in_mode)

@@ -83,7 +83,7 @@ def sample(*, temperature: float = 1.0, top_k: int | None = None, top_p: float |
     def draw(logits: Float[Tensor, "batch d_vocab"], keys: Sequence[str]) -> Int[Tensor, " batch"]:
         chosen = []
         # Row by row, as nucleus sampling needs seven copies of a row.
-        for row, key in zip(logits.cpu().split(1), keys, strict=True):
+        for row, key in zip(logits.cpu().split(1), keys, strict=True):  # type: ignore[no-untyped-call]
             scores = row
             for warp in warpers:
                 scores = warp(None, scores)

@@ -319,7 +319,7 @@ def described(name: str) -> tuple[RemoteBridge, frozenset[int]]:
     weights, and the ids that its generation configuration ends a text with.
     """
     config = AutoConfig.from_pretrained(name)
-    architecture = determine_architecture_from_hf_config(config)
+    architecture = determine_architecture_from_hf_config(config)  # type: ignore[no-untyped-call]
     settings = build_bridge_config_from_hf(config, architecture, name, torch.float32)
     adapter = ArchitectureAdapterFactory.select_architecture_adapter(settings)
     tokenizer = configure_tokenizer(AutoTokenizer.from_pretrained(name), adapter.cfg)
