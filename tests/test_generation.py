@@ -178,10 +178,12 @@ def test_wrong_use_says_what_to_do(as_users_run_it: None) -> None:
         tv.generate(bridge, [PROMPTS[0], Prompt((), "b " * 20)], max_new_tokens=100)
 
 
-def test_a_tensor_instead_of_vectors_is_refused(as_users_run_it: None) -> None:
+def test_a_sweep_of_a_tensor_is_refused(as_users_run_it: None) -> None:
+    """It has no layers. `patch_generate` takes a tensor, which test_objects.py tests."""
     twins = make_twins("gpt2")
+    words = tv.Task("upper", ("a", "b"), str.upper)
     with pytest.raises(ValueError, match="vectors are a Tensor; pass the TaskVectors themselves"):
-        tv.patch_generate(twins.bridge, PROMPTS, vectors_for(twins, 4).at(1), 1)
+        tv.sweep_layers(twins.bridge, words, PROMPTS, vectors_for(twins, 4).at(1))  # type: ignore[arg-type]
 
 
 def test_each_step_draws_again() -> None:
