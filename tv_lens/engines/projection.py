@@ -49,14 +49,18 @@ class Projection:
         """
         scale, direction = self._norm_of(heads)
         weighted = einsum(heads, scale, "row width, row -> width") / len(heads)
-        by_head = rearrange(weighted, "(head d_head) -> head d_head", head=self.n_heads)
-        parts = repeat(torch.zeros_like(weighted), "width -> head width", head=self.n_heads).clone()
-        for head, part in enumerate(rearrange(parts, "part (head d_head) -> part head d_head", head=self.n_heads)):
-            part[head] = by_head[head]
         nothing = self._run(self.linear, torch.zeros_like(weighted)[None])
-        outputs = direction(self._run(self.linear, parts) - nothing)
+        outputs = direction(self._run(self.linear, self._apart(weighted)) - nothing)
         self._check(heads[:1], nothing)
         return outputs * self.multiplier
+
+    def _apart(self, heads: Float[Tensor, " width"]) -> Float[Tensor, "head width"]:
+        """A row for each head, with the others' outputs 0."""
+        parts = repeat(torch.zeros_like(heads), "width -> head width", head=self.n_heads).clone()
+        by_head = rearrange(heads, "(head d_head) -> head d_head", head=self.n_heads)
+        for head, part in enumerate(rearrange(parts, "part (head d_head) -> part head d_head", head=self.n_heads)):
+            part[head] = by_head[head]
+        return parts
 
     def _norm_of(
         self, heads: Float[Tensor, "row width"]
@@ -77,12 +81,13 @@ class Projection:
         return scale, gain
 
     def _check(self, heads: Float[Tensor, "row width"], nothing: Float[Tensor, "row d_model"]) -> None:
-        """The parts of one row, and the bias, sum to what a norm makes of the whole."""
+        """The heads' parts of one row, and the bias, sum to what a norm makes of the whole."""
         if self.norm is None:
             return
         scale, gain = self._norm_of(heads)
         whole = self._run(self.norm, self._run(self.linear, heads))
-        parts = gain(self._run(self.linear, heads) - nothing) * scale + gain(nothing) * scale
+        by_head = gain(self._run(self.linear, self._apart(heads[0])) - nothing)
+        parts = (by_head.sum(dim=0, keepdim=True) + gain(nothing)) * scale
         if float((parts - whole).norm()) > _TOLERANCE * float(whole.norm()):
             raise UnsupportedError(
                 f"a {type(self.norm).__name__} follows the attention and does more than scale its output, so no head "
