@@ -47,18 +47,10 @@ def vllm_engine(  # noqa: PLR0913 - its options are keywords
     """
     try:
         from tv_lens.engines.vllm import VLLMEngine
+        from tv_lens.engines.vllm_wire import Server
     except ModuleNotFoundError as error:
         if error.name not in ("httpx", "zstandard"):
             raise
         raise MissingExtraError(f'a vLLM server needs {error.name}; pip install "tv_lens[vllm-lens]"') from error
-    return VLLMEngine(
-        url,
-        model=model,
-        served_as=served_as,
-        api_key=api_key,
-        in_flight=in_flight,
-        timeout=timeout,
-        retries=retries,
-        prepend_bos=prepend_bos,
-        progress=progress,
-    )
+    server = Server(url, api_key=api_key, timeout=timeout, retries=retries, in_flight=in_flight)
+    return VLLMEngine(server, model=model, served_as=served_as, prepend_bos=prepend_bos, progress=progress)

@@ -80,28 +80,21 @@ class _Row:
 class VLLMEngine(StatelessEngine):
     """A model on a running server: `vllm serve MODEL` with vllm-lens. `vllm_engine` makes one; its options are there.
 
-    Rows are sent separately, up to `in_flight` at a time, and the server batches them. `answers` takes all rows of a
-    sweep at once. Only the residual stream can be read and written.
+    Rows are sent separately, up to `server.in_flight` at a time, and the server batches them. `answers` takes all rows
+    of a sweep at once. Only the residual stream can be read and written.
     """
 
-    def __init__(  # noqa: PLR0913 - its options are keywords
+    def __init__(
         self,
-        url: str,
+        server: Server,
         *,
-        model: str | None = None,
-        served_as: str | None = None,
-        api_key: str | None = None,
-        in_flight: int = 64,
-        timeout: float = 600.0,
-        retries: int = 5,
-        prepend_bos: bool | None = None,
-        progress: bool = True,
+        model: str | None,
+        served_as: str | None,
+        prepend_bos: bool | None,
+        progress: bool,
     ) -> None:
-        if in_flight < 1:
-            raise TvLensError(f"in_flight is {in_flight}; use 1 or more")
-        self.in_flight, self.progress = in_flight, progress
-        self.server = Server(url, api_key=api_key, timeout=timeout, retries=retries, in_flight=in_flight)
-        self.served = self.server.served(served_as)
+        self.server, self.progress = server, progress
+        self.served = server.served(served_as)
         source = model or self.served.source
         try:
             self.bridge, end_ids = described(source)
@@ -128,7 +121,7 @@ class VLLMEngine(StatelessEngine):
     @property
     def limits(self) -> Limits:
         """As many rows as the server has at once; rows are sent without pads."""
-        return Limits(d_vocab=self.info.d_vocab, batch_size=self.in_flight)
+        return Limits(d_vocab=self.info.d_vocab, batch_size=self.server.in_flight)
 
     def run(
         self,
@@ -319,7 +312,7 @@ class VLLMEngine(StatelessEngine):
     def _each(self, work: Callable[[Item], Result], items: Sequence[Item], bar: Any = None) -> list[Result]:
         """The results of all items, in order, many at once. The first error ends the others."""
         self.server.persist()
-        with ThreadPoolExecutor(self.in_flight) as pool:
+        with ThreadPoolExecutor(self.server.in_flight) as pool:
             futures = [pool.submit(work, item) for item in items]
             try:
                 for future in as_completed(futures):

@@ -81,13 +81,13 @@ class Server:
     """A running server. It can be used by several threads at once.
 
     A request that gets no answer is sent again, `retries` times, after 1, 2, 4, ... seconds. `timeout` is how long, in
-    seconds, one answer may take.
+    seconds, one answer may take, and `in_flight` how many requests are sent at once.
     """
 
-    def __init__(
-        self, url: str, *, api_key: str | None = None, timeout: float = 600.0, retries: int = 5, in_flight: int = 64
-    ) -> None:
-        self.url, self.retries = url.rstrip("/").removesuffix("/v1"), retries
+    def __init__(self, url: str, *, api_key: str | None, timeout: float, retries: int, in_flight: int) -> None:
+        if in_flight < 1:
+            raise TvLensError(f"in_flight is {in_flight}; use 1 or more")
+        self.url, self.retries, self.in_flight = url.rstrip("/").removesuffix("/v1"), retries, in_flight
         self._given_up = threading.Event()
         self._client = httpx.Client(
             base_url=self.url,
