@@ -328,12 +328,12 @@ def test_a_method_that_has_one_layer_is_shown_at_it() -> None:
         replace(each, results=tuple(replace(result, sweep=next(sweeps)) for result in each.results))
         for each in (first, second)
     ]
-    table = LayerAccuracies(changed).table()
+    table = LayerAccuracies(tuple(changed)).table()
     assert table.rows == [("a", 1, [0.5, None]), ("a", 2, [None, 0.9]), ("a", 3, [0.7, 0.5])]
     single = [
         replace(each, results=tuple(replace(r, sweep=sweep_of({2: 1})) for r in each.results)) for each in changed
     ]
-    assert LayerAccuracies(single).table().rows == []  # nothing to compare
+    assert LayerAccuracies(tuple(single)).table().rows == []  # nothing to compare
 
 
 def sweep_of(right: dict[int, int]) -> tv.Sweep:
@@ -343,7 +343,9 @@ def sweep_of(right: dict[int, int]) -> tv.Sweep:
 
 def test_large_pages_are_small(tmp_path: Path) -> None:
     """A comparison of 108 rows, and an experiment of 36 with their answers."""
-    methods = {name: {} for name in ("extract", "mean_state", "function_vector", "learn", "linear_vector", "states")}
+    methods: dict[str, dict[str, Any]] = {
+        name: {} for name in ("extract", "mean_state", "function_vector", "learn", "linear_vector", "states")
+    }
     tasks = {f"a task number {i}": "a kind" for i in range(18)}
     make_comparison(tasks, methods, seeds=(0, 1)).report(tmp_path / "comparison.html")
     few = dict(list(tasks.items())[:6])

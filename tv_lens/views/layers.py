@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from tv_lens.evidence.results import Experiment, Sweep
@@ -23,20 +25,35 @@ class LayersTable(NamedTuple):
     rows: list[tuple[str, int, list[float | None]]]
 
 
+@dataclass(frozen=True)
 class LayerAccuracies:
     """The accuracy on dev prompts of each task and method at each layer, of all seeds together. Each seed's is at the
     strength that was chosen for it.
+
+    Attributes:
+        experiments: one for each seed, on the same tasks with the same methods.
     """
 
-    def __init__(self, experiments: Sequence[Experiment]) -> None:
-        self.settings = experiments[0].settings
-        self.methods = tuple(self.settings.methods)
+    experiments: tuple[Experiment, ...]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods' names."""
+        return tuple(self.experiments[0].settings.methods)
+
+    @cached_property
+    def values(self) -> dict[tuple[str, str], dict[int, float]]:
+        """By task and method, the accuracy at each layer that was tried."""
         sweeps: dict[tuple[str, str], list[Sweep]] = {}
-        for experiment in experiments:
+        for experiment in self.experiments:
             for result in experiment.results:
                 sweeps.setdefault((result.task, result.method), []).append(result.sweep)
-        self.values = {key: dict(_pooled(some)) for key, some in sweeps.items()}
-        self.tasks = tuple(dict.fromkeys(task for task, _ in self.values))
+        return {key: dict(_pooled(some)) for key, some in sweeps.items()}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return tuple(dict.fromkeys(task for task, _ in self.values))
 
     @property
     def is_swept(self) -> bool:
@@ -69,7 +86,9 @@ class LayerAccuracies:
             vertical_spacing=_BETWEEN / inner if n_rows > 1 else 0,
             horizontal_spacing=0.05,
         )
-        style(figure, "Accuracy on dev prompts by layer", f"{self.settings.model}, a line for each method")
+        style(
+            figure, "Accuracy on dev prompts by layer", f"{self.experiments[0].settings.model}, a line for each method"
+        )
         figure.update_layout(
             height=_ABOVE + inner + _BELOW,
             margin={"l": 60, "t": _ABOVE, "b": _BELOW},

@@ -48,7 +48,7 @@ def write_experiment(experiment: Experiment, path: str | Path) -> None:
     figures = {f"figure-{i}": plot(result) for i, result in enumerate(experiment.results, start=1)}
     tasks = [_task(experiment, result, test) for result, test in zip(experiment.results, tests, strict=True)]
     several = len(experiment.settings.methods) > 1
-    layers = LayerAccuracies([experiment])
+    layers = LayerAccuracies((experiment,))
     table = layers.table() if several else layers.table()._replace(rows=[])
     if table.rows:
         figures["layers"] = layers.plot()
