@@ -341,6 +341,37 @@ def sweep_of(right: dict[int, int]) -> tv.Sweep:
     return tv.Sweep(tuple(right), tuple(map(score_of, right.values())), 4)
 
 
+def test_a_figure_is_cut_between_tasks_in_print(browser: Any, tmp_path: Path) -> None:
+    """Each task is on one printed page, each page fits A4 in landscape and has the legend, and afterward all is as it
+    was.
+    """
+    tasks = {f"t{i:02}": "few" if i < 3 else "many" for i in range(18)}
+    long = make_comparison(tasks, {"extract": {}, "learn": {}}, seeds=(0,), n=2, controls=(), measured=False)
+    long.report(tmp_path / "long.html")
+    browser.get((tmp_path / "long.html").as_uri())
+    browser.find_element("css selector", "[data-figure=layers] .gtitle")  # the last that is drawn
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    pages = browser.execute_script("""
+      const pages = [...document.querySelectorAll(".page")];
+      return pages.filter(page => page.layout.title.text === "Accuracy by task and method").map(page => ({
+        height: page.layout.height,
+        tasks: Object.keys(page.layout).filter(name => name.startsWith("yaxis")).flatMap(name => {
+          const [end, start] = page.layout[name].range;
+          return page.layout[name].ticktext.filter((_, i) => start < i && i < end);
+        }),
+        legend: [...page.querySelectorAll(".legendtext")].map(each => each.textContent),
+      }))""")
+    assert len(pages) > 1
+    assert [task for each in pages for task in each["tasks"]] == list(tasks)
+    assert all(each["height"] <= 680 for each in pages)
+    assert all({"zero-shot", "extract", "learn"} <= set(each["legend"]) for each in pages)
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    browser.implicitly_wait(0)
+    assert browser.find_elements("css selector", ".page, .cut") == []
+    browser.implicitly_wait(20)
+    assert browser.get_log("browser") == []
+
+
 def test_large_pages_are_small(tmp_path: Path) -> None:
     """A comparison of 108 rows, and an experiment of 36 with their answers."""
     methods: dict[str, dict[str, Any]] = {

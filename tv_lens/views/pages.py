@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from tv_lens.evidence.controls import CONTROLS
 from tv_lens.files import write_whole
@@ -33,7 +33,14 @@ def environment(*, autoescape: bool = True) -> Environment:
         loader=PackageLoader("tv_lens", "views"),
     )
     made.filters["digits"] = lambda number: f"{number:.6g}"
+    made.filters["interval"] = _interval
     return made
+
+
+def _interval(value: Any) -> Markup:
+    """A number with its interval, as HTML that lets a line end before the interval and not in it."""
+    number, mark, rest = str(value).partition(" [")
+    return Markup("{} <span>[{}</span>").format(number, rest) if mark else escape(number)
 
 
 def filled(name: str, /, **values: Any) -> str:
