@@ -62,7 +62,8 @@ class LayerAccuracies:
 
     def table(self) -> LayersTable:
         """The numbers of the figure; no rows if there is but one layer."""
-        caption = "Accuracy on dev prompts by layer, all seeds together, at the strength that was chosen for each."
+        seeds = ", all seeds together" if len(self.experiments) > 1 else ""
+        caption = f"Accuracy on dev prompts by layer{seeds}, at the strength that was chosen."
         rows = [
             (task, layer, [self.values.get((task, method), {}).get(layer) for method in self.methods])
             for task in self.tasks
