@@ -38,7 +38,7 @@ class ModelState:
     `depth` counts the sessions that are open; only the outermost sets things up and puts them back.
     """
 
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: Any = field(default_factory=threading.RLock)  # before Python 3.13, RLock is a function and not a type
     depth: int = 0
     max_rows: int | None = None
     padded_up_to: float | None = None
