@@ -41,7 +41,7 @@ class Bar:
     drawn: Any = None
     prints: bool = False
     done: int = 0
-    begun: float = field(default_factory=time.monotonic)
+    begun: float = field(default_factory=lambda: time.monotonic())
     known: int = 0
 
     def update(self, n: int = 1) -> None:
@@ -142,7 +142,8 @@ def _shown(made: Bar, variable: ContextVar[Bar | None]) -> Iterator[Bar]:
 
 
 def _options(made: Bar) -> dict[str, Any]:
-    return {"total": made.total, "unit": made.unit, "desc": ", ".join(made.words), "leave": False, "delay": _DELAY}
+    described = {"total": made.total, "unit": made.unit, "desc": ", ".join(made.words)}
+    return {**described, "leave": False, "delay": _DELAY, "file": sys.stderr}
 
 
 def _in_notebook() -> bool:
