@@ -240,9 +240,13 @@ def check_vectors(path: Path) -> None:
 
 
 def check_results(path: Path) -> bool:
-    """Refuse a file that does not hold results; whether these are of a comparison, and not of an experiment."""
+    """Refuse a file, or a folder of a run, that does not hold results; whether a file holds those of a comparison."""
     from tv_lens.files import from_json, read_whole
 
+    if path.is_dir():
+        if not (path / "settings.json").is_file() and not list(path.glob("seed-*/settings.json")):
+            raise tv.TvLensError(f"{path}: not a folder that `tv-lens run` or `compare` keeps with --folder")
+        return False
     try:
         saved = from_json(read_whole(path))
     except tv.TvLensError as error:

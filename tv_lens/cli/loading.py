@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 import tv_lens as tv
 from tv_lens.cli.checks import MethodChoice, UsageError, check_chat
+from tv_lens.progress import bar, stage
+
+
+@contextmanager
+def loading(model: str | None, *, quiet: bool) -> Iterator[None]:
+    """Say that the model is loaded inside. Of other libraries only the bars of downloads are shown, on a terminal."""
+    with stage(f"loading {model or 'the demo model'}"), bar(None, shown=not quiet):
+        from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+        from transformers.utils import logging
+
+        others, downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+        logging.disable_progress_bar()
+        if downloads and not quiet and sys.stderr.isatty():
+            enable_progress_bars()
+        try:
+            yield
+        finally:
+            if others:
+                logging.enable_progress_bar()
+            if not downloads:
+                disable_progress_bars()
 
 
 def load_engine(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tv_lens.errors import TvLensError
 from tv_lens.evidence.checkpoints import Checkpoints, finished_part, kept_settings
@@ -13,8 +13,7 @@ from tv_lens.evidence.comparisons import Comparison
 from tv_lens.evidence.results import Experiment
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """What is finished, and in words what is not."""
 
     results: Experiment | Comparison
