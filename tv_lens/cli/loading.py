@@ -15,22 +15,28 @@ from tv_lens.progress import bar, stage
 
 @contextmanager
 def loading(model: str | None, *, quiet: bool) -> Iterator[None]:
-    """Say that the model is loaded inside. Of other libraries only the bars of downloads are shown, on a terminal."""
+    """Say that the model is loaded inside."""
     with stage(f"loading {model or 'the demo model'}"), bar(None, shown=not quiet):
-        from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-        from transformers.utils import logging
+        yield
 
-        others, downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-        logging.disable_progress_bar()
-        if downloads and not quiet and sys.stderr.isatty():
-            enable_progress_bars()
-        try:
-            yield
-        finally:
-            if others:
-                logging.enable_progress_bar()
-            if not downloads:
-                disable_progress_bars()
+
+@contextmanager
+def _downloads_alone(quiet: bool) -> Iterator[None]:
+    """Of other libraries' bars show those of downloads, on a terminal."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    others, downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads and not quiet and sys.stderr.isatty():
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if others:
+            logging.enable_progress_bar()
+        if not downloads:
+            disable_progress_bars()
 
 
 def load_engine(
@@ -42,7 +48,8 @@ def load_engine(
     from tv_lens.engines.booting import boot
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    bridge = tv.demo_model() if model is None else boot(model, device=device, dtype=dtypes[dtype])
+    with _downloads_alone(quiet):
+        bridge = tv.demo_model() if model is None else boot(model, device=device, dtype=dtypes[dtype])
     return tv.LocalEngine(bridge, batch_size=batch_size, progress=not quiet)
 
 
