@@ -403,6 +403,14 @@ def test_mistakes_are_reported_without_torch(tmp_path: Path, pairs: str) -> None
         (["run", "antonyms", "--demo", "--layers", "a"], 2, "--layers a: give numbers"),
         (["run", "antonyms", "--demo", "--strengths", "2,x"], 2, "--strengths 2,x: give positive numbers"),
         (["report", "nosuch.json", "--to", str(tmp_path / "x.html")], 1, "nosuch.json"),
+        (["report", str(tmp_path / "full"), "--to", str(tmp_path / "x.html")], 1, "keeps with --folder"),
+        (["conflict", "antonyms", "antonym", "--demo"], 2, "did you mean antonyms?"),
+        (["conflict", "antonyms", "next_letter", "--demo"], 1, "too few inputs in common"),
+        (["conflict", "antonyms", "antonyms", "--demo"], 2, "two tasks are named 'antonyms'"),
+        (["conflict", "antonyms", "to_upper", "--demo", "--plot", "x.pdf"], 2, "must end in .html"),
+        (["tokens", "nosuch", "--demo", "--layer", "2"], 1, "no such file"),
+        (["tokens", file, "--demo", "--layer", "2"], 1, "not a safetensors file"),
+        (["tokens", file, "--layer", "2"], 2, "say which model"),
     ]
     code = BLOCKED + (
         f"for args in {[args for args, _, _ in mistakes]!r}:\n"

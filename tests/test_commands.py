@@ -33,7 +33,7 @@ COMMANDS = {page.name: commands(page) for page in PAGES if commands(page)}
 # Added to a command line, so that it is quick; of an option that is given twice the last one counts.
 FEWER = {
     "run": "--shots 2 --n-dev 2 --n-test 2 --max-new-tokens 1 --layers 9,17,21",
-    "compare": "--shots 2 --n-train 2 --n-dev 2 --n-test 2 --max-new-tokens 1 --layers 9,17,21 --seeds 0",
+    "compare": "--shots 2 --n-train 2 --n-dev 2 --n-test 2 --max-new-tokens 1 --layers 9,17,21 --seeds 0 --strengths 1",
     "extract": "--shots 2 --prompts 2",
     "sweep": "--shots 2 --prompts 2 --max-new-tokens 1",
     "conflict": "--shots 2 --prompts 2 --max-new-tokens 1",
@@ -103,7 +103,7 @@ def test_every_command_line_of_the_pages_runs(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", RUNNER, str(ROOT / "tests")],
         input=json.dumps([(str(folder), args) for folder, args in jobs]),
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -61,7 +61,7 @@ def test_a_wide_terminal_has_one_table_and_a_narrower_one_parts(monkeypatch: pyt
 
 
 def test_a_narrow_terminal_has_a_block_for_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, one, other = printed(monkeypatch, 40).split("\n\n")
+    _, one, other, *_ = printed(monkeypatch, 40).split("\n\n")
     assert one.splitlines() == [
         "antonyms",
         "  n            50",
@@ -71,6 +71,16 @@ def test_a_narrow_terminal_has_a_block_for_each_row(monkeypatch: pytest.MonkeyPa
         "  p zero-shot  1e-05",  # and no empty cell
     ]
     assert other.splitlines()[0] == "present_to_gerund"
+
+
+def test_a_row_without_a_name_is_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pd.DataFrame([{"file": "a_file_with_a_long_name.safetensors", "tasks": 3, "model": "of some size"}])
+    assert printed(monkeypatch, 40, rows, keys=0).split("\n\n")[1].splitlines() == [
+        "file   a_file_with_a_long_name.safetenso",
+        "       rs",
+        "tasks  3",
+        "model  of some size",
+    ]
 
 
 def test_a_file_has_the_whole_table_and_the_legend_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ def _show(comparison: tv.Comparison, as_json: bool, rule: str) -> None:
         comparison.summary(),
         None,
         as_json,
-        f"With 95% intervals. difference: from {comparison.methods[0]}; p difference: the exact two-sided test of it\n"
+        f"With 95% intervals\ndifference: from {comparison.methods[0]}; p difference: the exact two-sided test of it\n"
         "p controls: the exact one-sided test against every control, the largest p\n"
         "share: of the few-shot gain\n"
         "Both p-values are adjusted for all rows by Holm's method.",

@@ -206,4 +206,4 @@ def report(
     settings = made.settings
     row = {"file": str(to), "model": settings.model, "tasks": len(settings.tasks), "methods": len(settings.methods)}
     title = f"tasks: {', '.join(settings.tasks)}\nnot finished yet: {', '.join(unfinished)}" if unfinished else None
-    show([row], {**row, "unfinished": unfinished}, as_json, title)
+    show([row], {**row, "unfinished": unfinished}, as_json, title, keys=0)

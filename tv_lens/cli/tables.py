@@ -39,6 +39,7 @@ def print_table(rows: pd.DataFrame, title: str | None, keys: int = 1, strong: in
     for part in _fitted(console, rows, keys, strong):
         console.print()
         console.print(part)
+    console.print()
 
 
 def _fitted(console: Console, rows: pd.DataFrame, keys: int, strong: int | None) -> Iterator[RenderableType]:
@@ -78,16 +79,25 @@ def _table(rows: pd.DataFrame, names: Sequence[str], strong: int | None) -> Tabl
 
 def _blocks(rows: pd.DataFrame, keys: int, strong: int | None, width: int) -> Iterator[Text]:
     """Each row as a block: its first columns, and below them each other column that is not empty."""
-    names = list(rows)[keys:]
-    left = min(max(len(str(name)) for name in names), (width - 4) // 2)
+    names, indent = list(rows)[keys:], "  " if keys else ""
+    available = width - len(indent) - 2
+    longest = max(len(_written(cell)) for name in names for cell in rows[name])
+    left = min(max(len(str(name)) for name in names), max(10, available - longest))
     for i, row in enumerate(rows.itertuples(index=False)):
         cells = [_written(cell) for cell in row]
-        heading = "\n".join(wrap(", ".join(cells[:keys]), width))
-        block = Text.assemble((heading, "bold" if strong in (None, i) else ""))
-        for name, cell in zip(names, cells[keys:], strict=True):
-            lines = zip_longest(wrap(str(name), left), wrap(cell, width - left - 4), fillvalue="")
-            block.append("".join(f"\n  {one:{left}}  {other}" for one, other in lines if cell))
-        yield block
+        heading = _wrapped(", ".join(cells[:keys]), width)
+        lines = [
+            f"{indent}{one:{left}}  {other}"
+            for name, cell in zip(names, cells[keys:], strict=True)
+            for one, other in zip_longest(_wrapped(str(name), left), _wrapped(cell, available - left), fillvalue="")
+            if cell
+        ]
+        style = "bold" if keys and strong in (None, i) else ""
+        yield Text("\n").join([*(Text(line, style) for line in heading), *map(Text, lines)])
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return wrap(text, width, break_on_hyphens=False)
 
 
 def _written(cell: Any) -> str:

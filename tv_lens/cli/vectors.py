@@ -106,7 +106,7 @@ def extract(
         "d_model": vectors.d_model,
         "method": vectors.method,
     }
-    show([row], row, as_json)
+    show([row], row, as_json, keys=0)
 
 
 @app.command()
