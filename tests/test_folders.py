@@ -12,6 +12,7 @@ from models import Twins
 import tv_lens as tv
 from tv_lens.evidence import experiments
 from tv_lens.evidence.folders import read_folder
+from tv_lens.evidence.tuning import tune
 
 WORDS = tuple(f"{a}{b}" for a in "abcdef" for b in "uvwx")
 UPPER = tv.Task("upper", WORDS, str.upper, category="letters")
@@ -25,13 +26,12 @@ SMALL: dict[str, Any] = {"shots": 2, "n_dev": 3, "n_test": 3, "max_new_tokens": 
 def swept(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str, ...]]]:
     """The tasks that are swept, each with the names of the vectors."""
     calls: list[tuple[str, tuple[str, ...]]] = []
-    really = experiments.tune
 
-    def tune(engine: Any, task: Any, prompts: Any, candidates: Any, **options: Any) -> Any:
+    def changed(engine: Any, task: Any, prompts: Any, candidates: Any, **options: Any) -> Any:
         calls.append((task.name, tuple(candidates)))
-        return really(engine, task, prompts, candidates, **options)
+        return tune(engine, task, prompts, candidates, **options)
 
-    monkeypatch.setattr(experiments, "tune", tune)
+    monkeypatch.setattr(experiments, "tune", changed)
     return calls
 
 

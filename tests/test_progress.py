@@ -77,7 +77,8 @@ def _no_trace() -> Iterator[None]:
     assert progress._stages.get() == ()
     assert progress._inner.get() is progress._whole.get() is None
     assert not [each for each in set(threading.enumerate()) - threads if each.name == "tv_lens progress"]
-    assert not list(std.tqdm._instances)
+    bars: Any = std.tqdm
+    assert not list(bars._instances)
 
 
 def test_a_terminal_shows_what_is_done_and_how_far_it_is(terminal: Terminal) -> None:

@@ -41,7 +41,7 @@ def test_every_cell_is_shown_and_no_line_is_too_long(monkeypatch: pytest.MonkeyP
     assert max(map(len, text.splitlines())) <= columns
     squeezed = "".join(text.split())
     for name in ROWS:
-        assert name == "task" or "".join(name.split()) in squeezed  # which a block does not say
+        assert name == "task" or "".join(str(name).split()) in squeezed  # which a block does not say
         for cell in ROWS[name]:
             assert "".join(str(cell).split()) in squeezed
     assert " ".join(text.split()).startswith(LEGEND)

@@ -158,7 +158,7 @@ class _TerminalBar(std.tqdm):  # type: ignore[type-arg]
     """A line that fits the window: in a narrow one without a bar."""
 
     def __str__(self) -> str:
-        values: dict[str, Any] = self.format_dict
+        values: dict[str, Any] = {**self.format_dict}
         columns = values["ncols"] = values["ncols"] or 80
         if self.total is None:
             values["bar_format"], others = "{desc} [{elapsed}]", 12

@@ -115,5 +115,6 @@ def heads(
         table.assign(**{name: [f"{value:+.4f}" for value in table[name]] for name in ("effect", "low", "high")}),
         data,
         as_json,
-        f"{effects!r}\nchange of {effects.measure}, 95% interval over prompts; significant: with all heads{notes}",
+        f"{engine.name}, {chosen.name}, {len(effects)} prompts, {len(effects.heads)} heads, {effects.how}\nchange of {effects.measure}, 95% interval over prompts; significant: with all heads{notes}",
+        keys=2,
     )

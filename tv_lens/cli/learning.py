@@ -124,5 +124,7 @@ def learn(
         "layers": records(table),
     }
     best = ["best" if learned.best_layers and i == 0 else "" for i in range(len(table))]
-    title = f"{learned!r}, saved as {to}"
-    show(table.assign(**{"": best}), data, as_json, title, keys=2, strong=0 if learned.best_layers else None)
+    chosen_layer = f"best layer {learned.best_layers[0]}, " if learned.best_layers else ""
+    title = f"{engine.name}, {chosen.name}, {len(asked)} prompts\n{chosen_layer}saved as {to}"
+    by_layer = table[["layer", *(name for name in table if name != "layer")]].assign(**{"": best})
+    show(by_layer, data, as_json, title, strong=0 if learned.best_layers else None)

@@ -23,9 +23,10 @@ def loading(model: str | None, *, quiet: bool) -> Iterator[None]:
 @contextmanager
 def _downloads_alone(quiet: bool) -> Iterator[None]:
     """Of other libraries' bars show those of downloads, on a terminal."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers import utils
 
+    logging: Any = utils.logging  # not all of its functions have types
     others, downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     logging.disable_progress_bar()
     if downloads and not quiet and sys.stderr.isatty():
@@ -106,7 +107,7 @@ class Wording(NamedTuple):
         Raises:
             UsageError: options of conversations that would do nothing.
         """
-        template = tv.Template(example, separator.replace(r"\n", "\n").replace(r"\t", "\t"))
+        template = tv.Template(*(text.replace(r"\n", "\n").replace(r"\t", "\t") for text in (example, separator)))
         check_chat(template, chat=chat, one_turn=one_turn, system=system)
         return Wording(template, chat, one_turn, system)
 

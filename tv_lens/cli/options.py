@@ -38,7 +38,7 @@ Strengths = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed for prompts, splits and controls.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of an answer, in tokens.")]
 FirstToken = Annotated[bool, typer.Option("--first-token", help="Score by the answer's first token alone.")]
-TemplateText = Annotated[str, typer.Option("--template", help="How a demonstration is written.")]
+TemplateText = Annotated[str, typer.Option("--template", help=r"How a demonstration is written; \n is a line end.")]
 RuleName = Annotated[str, typer.Option("--rule", help="When an answer is correct: starts_with or exact_match.")]
 Separator = Annotated[str, typer.Option(help=r"The text between demonstrations; \n is a line end.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Write prompts as conversations, by the model's own chat template.")]

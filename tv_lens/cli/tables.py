@@ -31,7 +31,7 @@ def print_table(rows: pd.DataFrame, title: str | None, keys: int = 1, strong: in
     if not sys.stdout.isatty():
         if title is not None:
             print(title)
-        Console(width=_UNLIMITED).print(_table(rows, list(rows), strong))
+        Console(width=_UNLIMITED).print(_table(rows, _names(rows), strong))
         return
     console = Console(highlight=False)
     if title is not None:
@@ -44,11 +44,11 @@ def print_table(rows: pd.DataFrame, title: str | None, keys: int = 1, strong: in
 
 def _fitted(console: Console, rows: pd.DataFrame, keys: int, strong: int | None) -> Iterator[RenderableType]:
     """The table, or what it is shown as if it does not fit."""
-    names = list(rows)
+    names = [name for name in _names(rows) if any(_written(cell) for cell in rows[name])]
     if _fits(console, rows, names):
         yield _table(rows, names, strong)
     elif console.width < _NARROW or len(rows) == 1:
-        yield from _blocks(rows, keys, strong, console.width)
+        yield from _blocks(rows[names], keys, strong, console.width)
     else:
         first, part = names[:keys], list[str]()
         for name in names[keys:]:
@@ -71,7 +71,7 @@ def _table(rows: pd.DataFrame, names: Sequence[str], strong: int | None) -> Tabl
     narrow: dict[str, Any] = {"padding": (0, 1, 0, 0), "show_edge": False} if sys.stdout.isatty() else {}
     table = Table(box=SIMPLE_HEAD, pad_edge=False, **narrow)
     for name in names:
-        table.add_column(str(name), justify="right" if pd.api.types.is_numeric_dtype(rows[name]) else "left")
+        table.add_column(name, justify="right" if pd.api.types.is_numeric_dtype(rows[name]) else "left")
     for i, row in enumerate(rows[list(names)].itertuples(index=False)):
         table.add_row(*(Text(_written(cell)) for cell in row), style="bold" if i == strong else None)
     return table
@@ -79,21 +79,34 @@ def _table(rows: pd.DataFrame, names: Sequence[str], strong: int | None) -> Tabl
 
 def _blocks(rows: pd.DataFrame, keys: int, strong: int | None, width: int) -> Iterator[Text]:
     """Each row as a block: its first columns, and below them each other column that is not empty."""
-    names, indent = list(rows)[keys:], "  " if keys else ""
+    first, names = _names(rows)[:keys], _names(rows)[keys:]
+    indent = "  " if keys else ""
     available = width - len(indent) - 2
     longest = max(len(_written(cell)) for name in names for cell in rows[name])
-    left = min(max(len(str(name)) for name in names), max(10, available - longest))
+    left = min(max(len(name) for name in names), max(10, available - longest))
     for i, row in enumerate(rows.itertuples(index=False)):
         cells = [_written(cell) for cell in row]
-        heading = _wrapped(", ".join(cells[:keys]), width)
+        named = [_numbered(rows, name, cell) for name, cell in zip(first, cells, strict=False)]
+        heading = _wrapped(", ".join(named), width)
         lines = [
             f"{indent}{one:{left}}  {other}"
             for name, cell in zip(names, cells[keys:], strict=True)
-            for one, other in zip_longest(_wrapped(str(name), left), _wrapped(cell, available - left), fillvalue="")
+            for one, other in zip_longest(_wrapped(name, left), _wrapped(cell, available - left), fillvalue="")
             if cell
         ]
         style = "bold" if keys and strong in (None, i) else ""
         yield Text("\n").join([*(Text(line, style) for line in heading), *map(Text, lines)])
+
+
+def _numbered(rows: pd.DataFrame, name: str, cell: str) -> str:
+    """The cell of a column of text, or the number with the column's name."""
+    import pandas as pd
+
+    return f"{name} {cell}" if pd.api.types.is_numeric_dtype(rows[name]) else cell
+
+
+def _names(rows: pd.DataFrame) -> list[str]:
+    return [str(name) for name in rows]
 
 
 def _wrapped(text: str, width: int) -> list[str]:

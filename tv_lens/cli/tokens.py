@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,10 +45,10 @@ def tokens(
         read.plot().write_html(plot, include_plotlyjs=True)
     table = read.to_pandas().drop(columns="vector")
     data = {"task": mean.task, "model": engine.name, "layer": layer, "tokens": records(table)}
-    show(_with_bars(table.to_dict("records")), data, as_json, f"{mean.task} of {mean.model}, layer {layer}: top tokens")
+    show(_with_bars(records(table)), data, as_json, f"{mean.task} of {mean.model}, layer {layer}: top tokens")
 
 
-def _with_bars(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+def _with_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with a bar for each probability; white space in tokens shows."""
     from tv_lens.cli.tables import small_bar
 
@@ -57,7 +57,7 @@ def _with_bars(rows: list[dict[str, object]]) -> list[dict[str, object]]:
             "rank": row["rank"],
             "token": repr(row["token"]),
             "probability": f"{row['probability']:.3f}",
-            "": small_bar(float(str(row["probability"]))),
+            "": small_bar(row["probability"]),
         }
         for row in rows
     ]
