@@ -152,6 +152,24 @@ def test_a_file_gets_plain_lines(lines: io.StringIO) -> None:
     assert re.fullmatch(r"; sweep: 20 of 50 rows, \d+:\d\d left", second.removeprefix(first))
 
 
+@pytest.mark.parametrize("kind", ["terminal", "lines"])
+def test_a_part_of_the_rows_in_work_counts(kind: str, request: pytest.FixtureRequest) -> None:
+    """By hand: half of 30 rows are 15, and when all of them are done they are counted once."""
+    stream = request.getfixturevalue(kind)
+    with bar(50) as rows:
+        rows.begin(30)
+        progress.estimate(0.5)
+        assert rows.count == 15
+        if rows.drawn is not None:
+            rows.drawn.refresh()
+        rows.update(30)
+        assert rows.count == 30
+        rows.begin(20)
+        assert rows.count == 30
+    shown = [match[0] for match in re.finditer(r"\b(15|30)(/| of )50 rows", stream.getvalue())]
+    assert [each.replace("/", " of ") for each in shown] == ["15 of 50 rows", "30 of 50 rows"]
+
+
 def test_lines_are_far_between(lines: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = [100.0]
     monkeypatch.setattr(progress, "_BETWEEN_LINES", 10.0)

@@ -31,7 +31,8 @@ _NARROW = 60
 class Bar:
     """A count of what is done. `drawn` is its bar; without one it prints plain lines if `prints`, or else nothing.
 
-    `outer` is the bar of the whole run around it, and `known` counts what was done before.
+    `outer` is the bar of the whole run around it, and `known` counts what was done before. So many as `begun` are in
+    work, and this `share` of that is done.
     """
 
     total: int | None = None
@@ -41,15 +42,31 @@ class Bar:
     drawn: Any = None
     prints: bool = False
     done: int = 0
-    begun: float = field(default_factory=lambda: time.monotonic())
     known: int = 0
+    begun: int = 0
+    share: float = 0.0
+    since: float = field(default_factory=lambda: time.monotonic())
+
+    def begin(self, n: int) -> None:
+        """Say that `n` more are in work."""
+        self.begun = n
+
+    def estimate(self, share: float) -> None:
+        """Say how much of what is in work is done, from 0 to 1."""
+        self.share = share
+        if self.drawn is not None:
+            self.drawn.n = self.count
+        elif self.prints:
+            _print_if_due(self)
 
     def update(self, n: int = 1) -> None:
         """Count `n` more."""
-        self.done += n
+        self.begun, self.share = 0, 0.0
         if self.drawn is not None:
+            self.drawn.n = self.count
             self.drawn.update(n)
-        elif self.prints:
+        self.done += n
+        if self.prints:
             _print_if_due(self)
 
     def skip(self, n: int = 1) -> None:
@@ -67,9 +84,14 @@ class Bar:
 
     def restart(self) -> None:
         """Measure the time that is left from now on."""
-        self.begun = time.monotonic()
+        self.since = time.monotonic()
         if self.drawn is not None:
             self.drawn.unpause()
+
+    @property
+    def count(self) -> int:
+        """How many are done, with the share of those in work."""
+        return self.known + self.done + int(self.share * self.begun)
 
     @property
     def line(self) -> str:
@@ -77,10 +99,10 @@ class Bar:
         words = ", ".join(self.words)
         if self.total is None:
             return words
-        count = f"{words}{': ' if words else ''}{self.known + self.done} of {self.total} {self.unit}"
-        if not self.done:
+        count = f"{words}{': ' if words else ''}{self.count} of {self.total} {self.unit}"
+        if self.count == self.known:
             return count
-        seconds = (self.total - self.known - self.done) * (time.monotonic() - self.begun) / self.done
+        seconds = (self.total - self.count) * (time.monotonic() - self.since) / (self.count - self.known)
         return f"{count}, {std.tqdm.format_interval(seconds)} left"
 
 
@@ -98,6 +120,13 @@ def stage(*words: str) -> Iterator[None]:
         yield
     finally:
         _stages.reset(token)
+
+
+def estimate(share: float) -> None:
+    """Say how much of the rows in work is done, from 0 to 1."""
+    shown = _inner.get()
+    if shown is not None:
+        shown.estimate(share)
 
 
 @contextmanager
@@ -220,7 +249,7 @@ def _print_if_due(changed: Bar) -> None:
     outer = changed if changed.outer is None else changed.outer
     now = time.monotonic()
     with _log.lock:
-        if now - max(_log.last, outer.begun) < _BETWEEN_LINES:
+        if now - max(_log.last, outer.since) < _BETWEEN_LINES:
             return
         _log.last = now
     lines = [each.line for each in dict.fromkeys((outer, changed))]

@@ -111,10 +111,11 @@ def heads(
         "heads": records(table),
     }
     notes = "".join(f"\nnote: {text}" for text in effects.diagnosis)
+    title = f"{engine.name}, {chosen.name}, {len(effects)} prompts, {len(effects.heads)} heads, {effects.how}"
     show(
         table.assign(**{name: [f"{value:+.4f}" for value in table[name]] for name in ("effect", "low", "high")}),
         data,
         as_json,
-        f"{engine.name}, {chosen.name}, {len(effects)} prompts, {len(effects.heads)} heads, {effects.how}\nchange of {effects.measure}, 95% interval over prompts; significant: with all heads{notes}",
+        f"{title}\nchange of {effects.measure}, 95% interval over prompts; significant: with all heads{notes}",
         keys=2,
     )

@@ -124,6 +124,7 @@ class _Run:
             for i, part in enumerate(batch.parts):
                 rows = [numbers[row] for row in part.rows]
                 is_last = i + 1 == len(batch.parts) and not is_kept
+                shown.begin(len(set(rows) - self.done))
                 self.run_part(rows, batch, part, prefix, past, is_last)
                 shown.update(len(set(rows) - self.done))
                 self.done.update(rows)
