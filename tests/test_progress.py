@@ -160,14 +160,12 @@ def test_a_part_of_the_rows_in_work_counts(kind: str, request: pytest.FixtureReq
         rows.begin(30)
         progress.estimate(0.5)
         assert rows.count == 15
-        if rows.drawn is not None:
-            rows.drawn.refresh()
         rows.update(30)
         assert rows.count == 30
         rows.begin(20)
         assert rows.count == 30
     shown = [match[0] for match in re.finditer(r"\b(15|30)(/| of )50 rows", stream.getvalue())]
-    assert [each.replace("/", " of ") for each in shown] == ["15 of 50 rows", "30 of 50 rows"]
+    assert list(dict.fromkeys(each.replace("/", " of ") for each in shown)) == ["15 of 50 rows", "30 of 50 rows"]
 
 
 def test_lines_are_far_between(lines: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:

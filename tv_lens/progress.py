@@ -54,20 +54,13 @@ class Bar:
     def estimate(self, share: float) -> None:
         """Say how much of what is in work is done, from 0 to 1."""
         self.share = share
-        if self.drawn is not None:
-            self.drawn.n = self.count
-        elif self.prints:
-            _print_if_due(self)
+        self._show()
 
     def update(self, n: int = 1) -> None:
         """Count `n` more."""
         self.begun, self.share = 0, 0.0
-        if self.drawn is not None:
-            self.drawn.n = self.count
-            self.drawn.update(n)
         self.done += n
-        if self.prints:
-            _print_if_due(self)
+        self._show()
 
     def skip(self, n: int = 1) -> None:
         """Count `n` that were done before, which says nothing about the time that the others take."""
@@ -81,12 +74,19 @@ class Bar:
         self.words = words
         if self.drawn is not None:
             self.drawn.set_description_str(", ".join(words), refresh=False)
+            _redraw(self.drawn)
 
     def restart(self) -> None:
         """Measure the time that is left from now on."""
         self.since = time.monotonic()
         if self.drawn is not None:
             self.drawn.unpause()
+
+    def _show(self) -> None:
+        if self.drawn is not None:
+            self.drawn.update(self.count - self.drawn.n)
+        elif self.prints:
+            _print_if_due(self)
 
     @property
     def count(self) -> int:
@@ -180,6 +180,13 @@ def _in_notebook() -> bool:
     return any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 
 
+def _redraw(drawn: Any) -> None:
+    """Draw the bar now, unless it is new."""
+    if time.time() >= drawn.start_t + drawn.delay:
+        drawn.refresh()
+        drawn.delay = 0  # it has been shown, and is to be removed at the end
+
+
 # On a terminal
 
 
@@ -217,9 +224,7 @@ def _redrawn(drawn: Any) -> Iterator[None]:
 
     def redraw() -> None:
         while not ended.wait(_REDRAWN):
-            if time.time() >= drawn.start_t + drawn.delay:
-                drawn.refresh()
-                drawn.delay = 0  # it has been shown, and is to be removed at the end
+            _redraw(drawn)
 
     thread = threading.Thread(target=redraw, name="tv_lens progress", daemon=True)
     thread.start()
