@@ -45,7 +45,7 @@ Chat = Annotated[bool, typer.Option("--chat", help="Write prompts as conversatio
 OneTurn = Annotated[bool, typer.Option("--one-turn", help="With --chat: all demonstrations in one message.")]
 System = Annotated[str | None, typer.Option("--system", help="With --chat: the system message.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 TaskName = Annotated[
     str, typer.Argument(metavar="TASK", help="A library task, or a file of pairs (.json, .jsonl, .csv or .tsv).")
 ]
