@@ -403,6 +403,14 @@ def test_mistakes_are_reported_without_torch(tmp_path: Path, pairs: str) -> None
         (["run", "antonyms", "--demo", "--layers", "a"], 2, "--layers a: give numbers"),
         (["run", "antonyms", "--demo", "--strengths", "2,x"], 2, "--strengths 2,x: give positive numbers"),
         (["report", "nosuch.json", "--to", str(tmp_path / "x.html")], 1, "nosuch.json"),
+        (["report", str(tmp_path / "full"), "--to", str(tmp_path / "x.html")], 1, "keeps with --folder"),
+        (["conflict", "antonyms", "antonym", "--demo"], 2, "did you mean antonyms?"),
+        (["conflict", "antonyms", "next_letter", "--demo"], 1, "too few inputs in common"),
+        (["conflict", "antonyms", "antonyms", "--demo"], 2, "two tasks are named 'antonyms'"),
+        (["conflict", "antonyms", "to_upper", "--demo", "--plot", "x.pdf"], 2, "must end in .html"),
+        (["tokens", "nosuch", "--demo", "--layer", "2"], 1, "no such file"),
+        (["tokens", file, "--demo", "--layer", "2"], 1, "not a safetensors file"),
+        (["tokens", file, "--layer", "2"], 2, "say which model"),
     ]
     code = BLOCKED + (
         f"for args in {[args for args, _, _ in mistakes]!r}:\n"
@@ -507,6 +515,85 @@ def test_an_interrupted_run_exits_with_130_and_resumes(
     assert as_json(capsys, *args, "--folder", str(folder)) == as_json(capsys, *args)
 
 
+def test_a_folder_is_extended_and_reported(
+    capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path
+) -> None:
+    folder, page = str(tmp_path / "run"), tmp_path / "page.html"
+    small = ["--model", tiny.folder, *SMALL, "--layers", "1", "--max-new-tokens", "1"]
+    as_json(capsys, "run", pairs, *small, "--folder", folder)
+    kept = {path: path.stat().st_mtime_ns for path in Path(folder).glob("*.safetensors")}
+    methods = ["--method", "extract", "--method", "mean_state"]
+    actual = as_json(capsys, "run", pairs, "to_upper", *small, *methods, "--folder", folder)
+    assert [len(actual["settings"][name]) for name in ("tasks", "methods")] == [2, 2]
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in Path(folder).glob("*.safetensors")}.items()
+    code, _, err = call(capsys, "run", "to_upper", *small, *methods, "--folder", folder)
+    assert (code, "name those that it has, too" in err) == (1, True)
+    code, _, err = call(capsys, "run", pairs, "to_upper", *small, *methods, "--folder", folder, "--seed", "1")
+    assert (code, "seed was 0, is 1" in err) == (1, True)
+
+    made = as_json(capsys, "report", folder, "--to", str(page))
+    assert (made["tasks"], made["methods"], made["unfinished"]) == (2, 2, [])
+    assert "mean_state" in page.read_text(encoding="utf-8")
+    for path in Path(folder).glob("*to_upper*.json"):
+        path.unlink()
+    code, out, err = call(capsys, "report", folder, "--to", str(page))
+    assert code == 0, err
+    assert "tasks: upper\nnot finished yet: to_upper\n" in out
+    code, _, err = call(capsys, "report", str(tmp_path), "--to", str(page))
+    assert (code, "not a folder that" in err) == (1, True)
+
+
+def test_a_conflict_is_conflict(capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path) -> None:
+    words = [f"{a}{b}" for a in "abcdef" for b in "uvwx"]
+    (tmp_path / "upper.json").write_text(json.dumps({word: word.upper() for word in words}))
+    (tmp_path / "twice.json").write_text(json.dumps({word: word * 2 for word in words}))
+    (tmp_path / "others.json").write_text(json.dumps({word * 3: word for word in words}))
+    upper, twice, others = (str(tmp_path / f"{name}.json") for name in ("upper", "twice", "others"))
+    plot, file = tmp_path / "p.html", str(tmp_path / "v.safetensors")
+    drawn = ["--prompts", "5", "--shots", "2", "--max-new-tokens", "2", "--model", tiny.folder, "--quiet"]
+    actual = as_json(capsys, "conflict", upper, twice, *drawn, "--plot", str(plot))
+    task, rival = (tv.Task.from_file(path, accepts=tv.starts_with) for path in (upper, twice))
+    dev, test = rival.split(0.5, seed=0)
+    prompts = dev.sample(5, shots=2, seed=0)
+    vectors = tv.extract(tiny.twins.bridge, prompts, dev.substitutes(prompts, 2, seed=0))
+    layer = tv.sweep_layers(tiny.twins.bridge, dev, prompts, vectors.mean(), max_new_tokens=2).best
+    asked = [each for each in task.sample(len(task), shots=2, seed=0) if each.query in test.inputs][:5]
+    clash = tv.conflict(tiny.twins.bridge, task, rival, asked, vectors.mean(), layer, max_new_tokens=2)
+    assert (actual["layer"], actual["rival"]) == (layer, "twice")
+    assert [row["accuracy"] for row in actual["results"]] == clash.to_pandas()["accuracy"].tolist()
+    assert "Plotly" in plot.read_text(encoding="utf-8")
+    as_json(capsys, "extract", twice, *drawn[:4], *drawn[6:], "--to", file)
+    again = as_json(capsys, "conflict", upper, twice, *drawn, "--vectors", file, "--layer", "3")
+    assert again["layer"] == 3
+    code, out, _ = call(capsys, "conflict", upper, twice, *drawn, "--vectors", file, "--layer", "1")
+    assert (code, "with the vector of twice" in out, "the vector of twice at layer 1" in out) == (0, True, True)
+    code, _, err = call(capsys, "conflict", upper, others, *drawn)
+    assert (code, "too few inputs in common" in err, err.count("\n")) == (1, True, 1)
+    code, _, err = call(capsys, "conflict", upper, twice, *drawn, "--vectors", file, "--method", "learn")
+    assert (code, "leave --method out" in err) == (2, True)
+
+
+def test_tokens_are_top_tokens(capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path) -> None:
+    plot, file = tmp_path / "p.html", str(tmp_path / "v.safetensors")
+    task = tv.Task.from_file(pairs)
+    prompts = task.sample(3, shots=2, seed=0)
+    vectors = tv.extract(tiny.twins.bridge, prompts, task.substitutes(prompts, 1, seed=0))
+    vectors.save(file)
+    asked = ["tokens", file, "--layer", "2", "--top", "4", "--model", tiny.folder, "--quiet"]
+    actual = as_json(capsys, *asked, "--plot", str(plot))
+    expected = tv.top_tokens(tiny.twins.bridge, vectors.mean(), 2, k=4)
+    assert [row["token"] for row in actual["tokens"]] == list(expected.tokens[0])
+    assert [row["probability"] for row in actual["tokens"]] == pytest.approx(expected.probabilities[0], abs=1e-6)
+    assert "Plotly" in plot.read_text(encoding="utf-8")
+    code, out, _ = call(capsys, *asked)
+    assert code == 0
+    assert all(repr(token) in out for token in expected.tokens[0])
+    code, _, err = call(capsys, "tokens", file, "--layer", "9", "--model", tiny.folder, "--quiet")
+    assert (code, "layer" in err, err.count("\n")) == (1, True, 1)
+    code, _, err = call(capsys, "tokens", "none.safetensors", "--layer", "1", "--demo")
+    assert (code, "no such file" in err) == (1, True)
+
+
 def test_heads_are_head_effects(capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path) -> None:
     files = {name: str(tmp_path / f"{name}.{kind}") for name, kind in (("save", "safetensors"), ("plot", "html"))}
     files["vector"] = str(tmp_path / "v.safetensors")
@@ -565,6 +652,18 @@ def test_methods_are_chosen_by_name(capsys: pytest.CaptureFixture[str], tiny: Ti
     assert {row["layer"] for row in swept["layers"]} < {0, 2}  # the layer with the best validation
     code, out, _ = call(capsys, "extract", *few, "--to", file, "--method", "state_vectors")
     assert (code, "state_vectors" in out) == (0, True)
+
+
+def test_the_options_of_a_method_are_json_lists_or_text() -> None:
+    from tv_lens.cli.checks import chosen_method
+
+    for text, options in (
+        ("learn:layers=9,17,21,epochs=2", {"layers": [9, 17, 21], "epochs": 2}),
+        ("learn:layers=[9,17],how=overwrite,keep=null", {"layers": [9, 17], "how": "overwrite", "keep": None}),
+        ("function_vector:measure=log-probability,heads=40", {"measure": "log-probability", "heads": 40}),
+        ("extract:site=a,b", {"site": "a,b"}),
+    ):
+        assert chosen_method(text, across=False).options == options
 
 
 def test_every_method_has_a_name_on_the_command_line() -> None:

@@ -115,6 +115,19 @@ def test_one_process_resumes_what_a_grid_has_begun(threads: Executor, tmp_path: 
     ]
 
 
+def test_a_grid_with_more_tasks_continues_in_a_folder(threads: Executor, tmp_path: Path) -> None:
+    """The vectors of the other tasks are not made again; their control `other task` may be."""
+    options: dict[str, Any] = {"shots": 2, "n_dev": 3, "n_test": 3, "max_new_tokens": 1, "layers": [1]}
+    options["methods"] = cells.methods(tmp_path)
+    folder, tasks = tmp_path / "run", cells.TASKS
+    tv.run_experiment(cells.boot, tasks[:2], folder=folder, executor=threads, **options)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    actual = tv.run_experiment(cells.boot, tasks, folder=folder, executor=threads, **options)
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}.items()
+    assert set(calls(tmp_path).values()) == {2}  # for the vectors, and for the control `shuffled`
+    assert actual.results == tv.run_experiment(cells.model(), tasks, **options).results
+
+
 def test_cells_that_fail_are_listed_and_the_others_continue(
     threads: Executor, one_process: tv.Comparison, tmp_path: Path
 ) -> None:

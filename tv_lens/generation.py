@@ -17,6 +17,7 @@ from tv_lens.edits import Edits, Positions, Write
 from tv_lens.engines import Capability, Engine, Model, Past, Prefixes, Stop, Tokens, engine_for, map_rows
 from tv_lens.errors import EngineError, TvLensError
 from tv_lens.patching import LayerChoice, Placement, checked, edits_for
+from tv_lens.progress import estimate
 from tv_lens.prompts import Prompt, as_prompts
 from tv_lens.vectors import TaskVectors
 
@@ -401,6 +402,7 @@ def decode(
     batch = list(range(len(rows)))
     for step in range(max_new_tokens):
         is_last = step + 1 == max_new_tokens
+        estimate(step / max_new_tokens)
         output = engine.forward(tokens, edits=edits, past=past, keep_past=not is_last)
         logits = finite_logits(engine, output.logits, [rows[i].number for i in batch])
         chosen = sampler(logits, [f"{step}:{rows[i].key}" for i in batch]).cpu()

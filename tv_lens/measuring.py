@@ -19,6 +19,7 @@ from tv_lens.answers import answer_ids, expected_answers
 from tv_lens.edits import Edits
 from tv_lens.engines import Capability, Engine, Past, Prefixes, Tokens, map_rows
 from tv_lens.generation import Answer, encode, finite_logits, greedy, narrowed
+from tv_lens.progress import estimate
 from tv_lens.prompts import Prompt
 
 # A token that the model rules out has this log-probability, so that 0 times it is 0.
@@ -156,6 +157,7 @@ class _Pair:
         """
         step = 0
         while True:
+            estimate(min(1.0, step / self.max_new_tokens))
             output = self.engine.forward(tokens, edits=edits, past=past, keep_past=self._continues(lanes, step))
             logits = finite_logits(self.engine, output.logits, [self.answers[lane.row].number for lane in lanes])
             chosen = greedy(logits, ()).tolist()

@@ -15,13 +15,29 @@ import tv_lens as tv  # which imports torch and TransformerLens only when a comm
 from tv_lens.cli.app import app
 from tv_lens.cli.checks import UsageError
 from tv_lens.cli.comparing import compare
+from tv_lens.cli.conflicts import conflict
 from tv_lens.cli.experiments import report, run, tasks
 from tv_lens.cli.heads import heads
 from tv_lens.cli.learning import learn
 from tv_lens.cli.output import warn_in_one_line
+from tv_lens.cli.tokens import tokens
 from tv_lens.cli.vectors import extract, generate, sweep
 
-__all__ = ["app", "compare", "extract", "generate", "heads", "learn", "main", "report", "run", "sweep", "tasks"]
+__all__ = [
+    "app",
+    "compare",
+    "conflict",
+    "extract",
+    "generate",
+    "heads",
+    "learn",
+    "main",
+    "report",
+    "run",
+    "sweep",
+    "tasks",
+    "tokens",
+]
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

@@ -105,7 +105,7 @@ def with_rule(tasks: Sequence[tv.Task], rule: str) -> list[tv.Task]:
 
 
 def chosen_method(text: str, *, across: bool) -> MethodChoice:
-    """The method in `NAME` or `NAME:option=value,...`; values are JSON, or else text."""
+    """The method in `NAME` or `NAME:option=value,...`; values are JSON, lists such as 9,17, or text."""
     name, _, rest = text.partition(":")
     if across:
         raise UsageError("--across is the method extract_across; give --method or --across, not both")
@@ -118,11 +118,23 @@ def chosen_method(text: str, *, across: bool) -> MethodChoice:
         option, is_pair, value = part.partition("=")
         if not is_pair or not value:
             raise UsageError(f"--method {text}: {part!r} is not option=value, as in function_vector:heads=40")
-        try:
-            options[option] = json.loads(value)
-        except ValueError:
-            options[option] = value
+        options[option] = _option_value(value)
     return MethodChoice(name, options)
+
+
+def _option_value(text: str) -> Any:
+    """JSON, a list of it without brackets, or text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return _list_or_text(text)
+
+
+def _list_or_text(text: str) -> Any:
+    try:
+        return json.loads(f"[{text}]") if "," in text else text
+    except ValueError:
+        return text
 
 
 def chosen_methods(texts: Sequence[str], *, across: bool) -> dict[str, MethodChoice]:
@@ -240,9 +252,13 @@ def check_vectors(path: Path) -> None:
 
 
 def check_results(path: Path) -> bool:
-    """Refuse a file that does not hold results; whether these are of a comparison, and not of an experiment."""
+    """Refuse a file, or a folder of a run, that does not hold results; whether a file holds those of a comparison."""
     from tv_lens.files import from_json, read_whole
 
+    if path.is_dir():
+        if not (path / "settings.json").is_file() and not list(path.glob("seed-*/settings.json")):
+            raise tv.TvLensError(f"{path}: not a folder that `tv-lens run` or `compare` keeps with --folder")
+        return False
     try:
         saved = from_json(read_whole(path))
     except tv.TvLensError as error:

@@ -22,7 +22,7 @@ from tv_lens.cli.checks import (
     whole_numbers,
     with_rule,
 )
-from tv_lens.cli.loading import Wording, load_engine, method_of
+from tv_lens.cli.loading import Wording, load_engine, loading, method_of
 from tv_lens.cli.options import (
     TEMPLATE,
     BatchSize,
@@ -113,8 +113,9 @@ def compare(
     wording = Wording.of(template, separator, chat=chat, one_turn=one_turn, system=system)
     for task in chosen:  # an error if inputs are too few
         train_dev_test(task, n_train, n_dev, n_test, shots=shots, seed=drawn[0], template=wording.format())
-    methods = {name: method_of(choice, substitutes, across=False) for name, choice in choices.items()}
-    engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    with loading(model, quiet=quiet):
+        methods = {name: method_of(choice, substitutes, across=False) for name, choice in choices.items()}
+        engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     with resumable(folder):
         comparison = tv.compare(
             engine,
@@ -163,7 +164,9 @@ def _show(comparison: tv.Comparison, as_json: bool, rule: str) -> None:
         comparison.summary(),
         None,
         as_json,
-        f"With 95% intervals. difference: from {comparison.methods[0]}; p difference: the exact two-sided test of it\n"
-        "p controls: the exact one-sided test against every control, the largest p; share: of the few-shot gain\n"
+        f"With 95% intervals\ndifference: from {comparison.methods[0]}; p difference: the exact two-sided test of it\n"
+        "p controls: the exact one-sided test against every control, the largest p\n"
+        "share: of the few-shot gain\n"
         "Both p-values are adjusted for all rows by Holm's method.",
+        keys=2,
     )

@@ -24,7 +24,7 @@ from tv_lens.cli.checks import (
     whole_numbers,
     with_rule,
 )
-from tv_lens.cli.loading import Wording, load_engine, method_of
+from tv_lens.cli.loading import Wording, load_engine, loading, method_of
 from tv_lens.cli.options import (
     TEMPLATE,
     Across,
@@ -138,8 +138,9 @@ def run(
     factors = chosen_strengths(strengths)
     for task in chosen:  # an error if inputs are too few
         train_dev_test(task, n_train, n_dev, n_test, shots=shots, seed=seed, template=wording.format())
-    methods = {name: method_of(choice, substitutes, across) for name, choice in choices.items()}
-    engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    with loading(model, quiet=quiet):
+        methods = {name: method_of(choice, substitutes, across) for name, choice in choices.items()}
+        engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     with resumable(folder):
         experiment = tv.run_experiment(
             engine,
@@ -169,28 +170,38 @@ def run(
         as_json,
         f"{settings.model}, {settings.shots} shots, {settings.scoring} by {'first_token' if first_token else rule}, "
         f"seed {settings.seed}\naccuracy [exact 95% interval]; (+2): two more layers tie on dev prompts\n"
-        "p controls: the exact one-sided test of patched against every control, the largest p; Holm: the same,\n"
-        "adjusted for all rows; p zero-shot: McNemar's exact test, patched against zero-shot, two-sided",
+        "p controls: the exact one-sided test of patched against every control, the largest p\n"
+        "Holm: the same, adjusted for all rows\n"
+        "p zero-shot: McNemar's exact test, patched against zero-shot, two-sided",
+        keys=1 if len(settings.methods) == 1 else 2,
     )
 
 
 @app.command()
 def report(
     results: Annotated[
-        Path, typer.Argument(metavar="RESULTS", help="What `tv-lens run` or `compare` wrote with --save, .json.")
+        Path,
+        typer.Argument(
+            metavar="RESULTS", help="What `tv-lens run` or `compare` wrote: with --save, .json, or with --folder."
+        ),
     ],
     to: Annotated[Path, typer.Option("--to", "-o", help="The page to write, .html.")],
     as_json: Json = False,
 ) -> None:
-    """Make an HTML page of an experiment or a comparison: sortable tables and figures. It works offline."""
+    """Make a page of an experiment or a comparison, finished or not: sortable tables and figures. It works offline."""
     check_writable(to, (".html",))
-    if check_results(results):
-        comparison = tv.Comparison.load(results)
-        comparison.report(to)
-        tasks, methods, model = comparison.tasks, comparison.methods, comparison.settings.model
-        row = {"file": str(to), "model": model, "tasks": len(tasks), "methods": len(methods)}
+    check_plots()
+    is_comparison = check_results(results)
+    unfinished: tuple[str, ...] = ()
+    made: tv.Experiment | tv.Comparison
+    if results.is_dir():
+        from tv_lens.evidence.folders import read_folder
+
+        made, unfinished = read_folder(results)
     else:
-        experiment = tv.Experiment.load(results)
-        experiment.report(to)
-        row = {"file": str(to), "model": experiment.settings.model, "tasks": len(experiment.results)}
-    show([row], row, as_json)
+        made = tv.Comparison.load(results) if is_comparison else tv.Experiment.load(results)
+    made.report(to)
+    settings = made.settings
+    row = {"file": str(to), "model": settings.model, "tasks": len(settings.tasks), "methods": len(settings.methods)}
+    title = f"tasks: {', '.join(settings.tasks)}\nnot finished yet: {', '.join(unfinished)}" if unfinished else None
+    show([row], {**row, "unfinished": unfinished}, as_json, title, keys=0)

@@ -10,7 +10,7 @@ import typer
 import tv_lens as tv
 from tv_lens.cli.app import app
 from tv_lens.cli.checks import FileOptions, check_model, check_writable, chosen_task
-from tv_lens.cli.loading import Wording, load_engine
+from tv_lens.cli.loading import Wording, load_engine, loading
 from tv_lens.cli.options import (
     TEMPLATE,
     BatchSize,
@@ -34,6 +34,7 @@ from tv_lens.cli.options import (
     Under,
 )
 from tv_lens.cli.output import records, show
+from tv_lens.progress import stage
 
 
 @app.command()
@@ -77,17 +78,20 @@ def heads(
             check_writable(path, (kind,))
     wording = Wording.of(template, separator, chat=chat, one_turn=one_turn, system=system)
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format())
-    engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    with loading(model, quiet=quiet):
+        engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format(engine))
-    read = tv.read_heads(engine, asked)
-    effects = tv.head_effects(
-        engine,
-        asked,
-        read,
-        measure="log-probability" if log_probability else "probability",
-        how="attribution" if attribution else "exact",
-        seeds=[seed],
-    )
+    with stage(chosen.name, "reading heads"):
+        read = tv.read_heads(engine, asked)
+    with stage(chosen.name, "effects of heads"):
+        effects = tv.head_effects(
+            engine,
+            asked,
+            read,
+            measure="log-probability" if log_probability else "probability",
+            how="attribution" if attribution else "exact",
+            seeds=[seed],
+        )
     best = effects.top(min(top, len(effects.heads)))
     if save is not None:
         effects.save(save)
@@ -107,9 +111,11 @@ def heads(
         "heads": records(table),
     }
     notes = "".join(f"\nnote: {text}" for text in effects.diagnosis)
+    title = f"{engine.name}, {chosen.name}, {len(effects)} prompts, {len(effects.heads)} heads, {effects.how}"
     show(
         table.assign(**{name: [f"{value:+.4f}" for value in table[name]] for name in ("effect", "low", "high")}),
         data,
         as_json,
-        f"{effects!r}\nchange of {effects.measure}, 95% interval over prompts; significant: with all heads{notes}",
+        f"{title}\nchange of {effects.measure}, 95% interval over prompts; significant: with all heads{notes}",
+        keys=2,
     )

@@ -10,7 +10,7 @@ import typer
 import tv_lens as tv
 from tv_lens.cli.app import app
 from tv_lens.cli.checks import FileOptions, UsageError, check_model, check_writable, chosen_task, whole_numbers
-from tv_lens.cli.loading import Wording, load_engine
+from tv_lens.cli.loading import Wording, load_engine, loading
 from tv_lens.cli.options import (
     TEMPLATE,
     BatchSize,
@@ -35,6 +35,7 @@ from tv_lens.cli.options import (
     Under,
 )
 from tv_lens.cli.output import records, show
+from tv_lens.progress import stage
 
 
 @app.command()
@@ -91,24 +92,26 @@ def learn(
     wording = Wording.of(template, separator, chat=chat, one_turn=one_turn, system=system)
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format())
     begun: Any = start if start in ("zero", "uniform") else tv.TaskVectors.load(start)
-    engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    with loading(model, quiet=quiet):
+        engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format(engine))
-    learned = tv.learn(
-        engine,
-        asked,
-        layers=trained,
-        how=tv.overwrite if how == "overwrite" else tv.add(),
-        start=begun,
-        objective="few-shot" if objective == "few-shot" else "answer",
-        epochs=epochs,
-        lr=lr,
-        weight_decay=weight_decay,
-        batch_size=step_size,
-        validation=validation,
-        patience=patience,
-        seed=seed,
-        file=resume,
-    )
+    with stage(chosen.name, "training"):
+        learned = tv.learn(
+            engine,
+            asked,
+            layers=trained,
+            how=tv.overwrite if how == "overwrite" else tv.add(),
+            start=begun,
+            objective="few-shot" if objective == "few-shot" else "answer",
+            epochs=epochs,
+            lr=lr,
+            weight_decay=weight_decay,
+            batch_size=step_size,
+            validation=validation,
+            patience=patience,
+            seed=seed,
+            file=resume,
+        )
     learned.vectors.save(to)
     if plot is not None:
         learned.plot().write_html(plot, include_plotlyjs=True)
@@ -120,4 +123,8 @@ def learn(
         "best_layers": list(learned.best_layers),
         "layers": records(table),
     }
-    show(table, data, as_json, f"{learned!r}, saved as {to}")
+    best = ["best" if learned.best_layers and i == 0 else "" for i in range(len(table))]
+    chosen_layer = f"best layer {learned.best_layers[0]}, " if learned.best_layers else ""
+    title = f"{engine.name}, {chosen.name}, {len(asked)} prompts\n{chosen_layer}saved as {to}"
+    by_layer = table[["layer", *(name for name in table if name != "layer")]].assign(**{"": best})
+    show(by_layer, data, as_json, title, strong=0 if learned.best_layers else None)

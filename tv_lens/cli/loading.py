@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 import tv_lens as tv
 from tv_lens.cli.checks import MethodChoice, UsageError, check_chat
+from tv_lens.progress import bar, stage
+
+
+@contextmanager
+def loading(model: str | None, *, quiet: bool) -> Iterator[None]:
+    """Say that the model is loaded inside."""
+    with stage(f"loading {model or 'the demo model'}"), bar(None, shown=not quiet):
+        yield
+
+
+@contextmanager
+def _downloads_alone(quiet: bool) -> Iterator[None]:
+    """Of other libraries' bars show those of downloads, on a terminal."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers import utils
+
+    logging: Any = utils.logging  # not all of its functions have types
+    others, downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads and not quiet and sys.stderr.isatty():
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if others:
+            logging.enable_progress_bar()
+        if not downloads:
+            disable_progress_bars()
 
 
 def load_engine(
@@ -18,7 +49,8 @@ def load_engine(
     from tv_lens.engines.booting import boot
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    bridge = tv.demo_model() if model is None else boot(model, device=device, dtype=dtypes[dtype])
+    with _downloads_alone(quiet):
+        bridge = tv.demo_model() if model is None else boot(model, device=device, dtype=dtypes[dtype])
     return tv.LocalEngine(bridge, batch_size=batch_size, progress=not quiet)
 
 
@@ -75,7 +107,7 @@ class Wording(NamedTuple):
         Raises:
             UsageError: options of conversations that would do nothing.
         """
-        template = tv.Template(example, separator.replace(r"\n", "\n").replace(r"\t", "\t"))
+        template = tv.Template(*(text.replace(r"\n", "\n").replace(r"\t", "\t") for text in (example, separator)))
         check_chat(template, chat=chat, one_turn=one_turn, system=system)
         return Wording(template, chat, one_turn, system)
 

@@ -38,14 +38,14 @@ Strengths = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed for prompts, splits and controls.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of an answer, in tokens.")]
 FirstToken = Annotated[bool, typer.Option("--first-token", help="Score by the answer's first token alone.")]
-TemplateText = Annotated[str, typer.Option("--template", help="How a demonstration is written.")]
+TemplateText = Annotated[str, typer.Option("--template", help=r"How a demonstration is written; \n is a line end.")]
 RuleName = Annotated[str, typer.Option("--rule", help="When an answer is correct: starts_with or exact_match.")]
 Separator = Annotated[str, typer.Option(help=r"The text between demonstrations; \n is a line end.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Write prompts as conversations, by the model's own chat template.")]
 OneTurn = Annotated[bool, typer.Option("--one-turn", help="With --chat: all demonstrations in one message.")]
 System = Annotated[str | None, typer.Option("--system", help="With --chat: the system message.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 TaskName = Annotated[
     str, typer.Argument(metavar="TASK", help="A library task, or a file of pairs (.json, .jsonl, .csv or .tsv).")
 ]

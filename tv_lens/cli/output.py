@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from tqdm import tqdm
+
 import tv_lens as tv
 
 if TYPE_CHECKING:
@@ -34,7 +36,16 @@ def resumable(folder: Path | None) -> Iterator[None]:
         raise
 
 
-def show(table: pd.DataFrame | list[dict[str, Any]], data: Any, as_json: bool, title: str | None = None) -> None:
+def show(
+    table: pd.DataFrame | list[dict[str, Any]],
+    data: Any,
+    as_json: bool,
+    title: str | None = None,
+    *,
+    keys: int = 1,
+    strong: int | None = None,
+) -> None:
+    """Print the data as JSON, or the table, whose first `keys` columns name a row, and whose row `strong` is bold."""
     if as_json:
         from tv_lens.files import to_json
 
@@ -42,21 +53,10 @@ def show(table: pd.DataFrame | list[dict[str, Any]], data: Any, as_json: bool, t
         return
 
     import pandas as pd
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    rows = pd.DataFrame(table)
-    table_to_print = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in rows:
-        table_to_print.add_column(str(name), justify="right" if pd.api.types.is_numeric_dtype(rows[name]) else "left")
-    for row in rows.itertuples(index=False):
-        table_to_print.add_row(*(Text(f"{cell:.2f}" if isinstance(cell, float) else str(cell)) for cell in row))
-    if title is not None:
-        print(title)
-    # At its full width: rich would break the cells of a wide table into several lines.
-    Console(width=10_000).print(table_to_print)
+    from tv_lens.cli.tables import print_table
+
+    print_table(pd.DataFrame(table), title, keys, strong)
 
 
 def warn_in_one_line(
@@ -72,4 +72,5 @@ def warn_in_one_line(
         text = "tv-lens: warning: " + " ".join(str(message).split())
     else:
         text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
-    print(text, file=file or sys.stderr)
+    with tqdm.external_write_mode(file=file or sys.stderr):  # above the bars, if there are any
+        print(text, file=file or sys.stderr)

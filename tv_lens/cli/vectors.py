@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +20,7 @@ from tv_lens.cli.checks import (
     chosen_task,
     with_rule,
 )
-from tv_lens.cli.loading import Wording, load_engine, method_of
+from tv_lens.cli.loading import Wording, load_engine, loading, method_of
 from tv_lens.cli.options import (
     TEMPLATE,
     Across,
@@ -51,6 +51,7 @@ from tv_lens.cli.options import (
     Under,
 )
 from tv_lens.cli.output import records, show
+from tv_lens.progress import stage
 
 
 @app.command()
@@ -89,10 +90,12 @@ def extract(
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format())
     if choice is None and not across:
         chosen.substitutes(asked, substitutes, seed=seed)
-    made_by = method_of(choice, substitutes, across)
-    engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    with loading(model, quiet=quiet):
+        made_by = method_of(choice, substitutes, across)
+        engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format(engine))
-    vectors = made_by(engine, chosen, asked, seed)
+    with stage(chosen.name, "vectors"):
+        vectors = made_by(engine, chosen, asked, seed)
     vectors.save(to)
     row = {
         "file": str(to),
@@ -103,7 +106,7 @@ def extract(
         "d_model": vectors.d_model,
         "method": vectors.method,
     }
-    show([row], row, as_json)
+    show([row], row, as_json, keys=0)
 
 
 @app.command()
@@ -151,21 +154,36 @@ def sweep(
     if vectors is None and choice is None and not across:
         chosen.substitutes(asked, substitutes, seed=seed)
     loaded = None if vectors is None else tv.TaskVectors.load(vectors)
-    made_by = method_of(choice, substitutes, across)
-    engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    with loading(model, quiet=quiet):
+        made_by = method_of(choice, substitutes, across)
+        engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     format_ = wording.format(engine)
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=format_)
     if loaded is None:
-        loaded = made_by(engine, chosen, asked, seed)
+        with stage(chosen.name, "vectors"):
+            loaded = made_by(engine, chosen, asked, seed)
     if first_token:
         chosen, max_new_tokens = replace(chosen, accepts=tv.first_token(engine, format_, chosen)), 1
-    result = tv.sweep_layers(engine, chosen, asked, loaded.mean(), max_new_tokens=max_new_tokens)
+    with stage(chosen.name):
+        result = tv.sweep_layers(engine, chosen, asked, loaded.mean(), max_new_tokens=max_new_tokens)
     show(
-        result.to_pandas(),
+        _by_layer(result),
         {"task": chosen.name, "best": result.best, "ties": result.ties, "layers": records(result.to_pandas())},
         as_json,
-        f"{engine.name}, {chosen.name}, {len(asked)} prompts; best layer {result.best}: {result.at(result.best)}",
+        f"{engine.name}, {chosen.name}, {len(asked)} prompts\nbest layer {result.best}: {result.at(result.best)}",
+        strong=result.layers.index(result.best),
     )
+
+
+def _by_layer(result: tv.Sweep) -> list[dict[str, Any]]:
+    """A row for each layer, with a bar, the best layer marked, and those that tie with it."""
+    from tv_lens.cli.tables import small_bar
+
+    marks = {**dict.fromkeys(result.ties, "ties"), result.best: "best"}
+    return [
+        {"layer": layer, "accuracy": str(score), "": small_bar(score.accuracy), " ": marks.get(layer, "")}
+        for layer, score in zip(result.layers, result.scores, strict=True)
+    ]
 
 
 @app.command()
@@ -190,9 +208,12 @@ def generate(
     mean = tv.TaskVectors.load(vectors).mean()
     template = mean.template or tv.PAPER
     asked = [tv.Prompt((), query, template=template) for query in queries]
-    engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
-    patched = tv.patch_generate(engine, asked, mean, layer, max_new_tokens=max_new_tokens)
-    zero_shot = tv.generate(engine, asked, max_new_tokens=max_new_tokens)
+    with loading(model, quiet=quiet):
+        engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
+    with stage("patched"):
+        patched = tv.patch_generate(engine, asked, mean, layer, max_new_tokens=max_new_tokens)
+    with stage("zero-shot"):
+        zero_shot = tv.generate(engine, asked, max_new_tokens=max_new_tokens)
     rows = [
         {"query": query, "patched": answer, "zero-shot": plain}
         for query, answer, plain in zip(queries, patched, zero_shot, strict=True)

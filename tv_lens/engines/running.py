@@ -5,16 +5,17 @@ out.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from tqdm.auto import tqdm
 
 from tv_lens.edits import Edits
 from tv_lens.engines.base import Engine, Past, Replay, Tokens
 from tv_lens.engines.planning import MAX_POSITIONS, Batch, Ids, Limits, Part, padded, plan_batches
+from tv_lens.progress import Bar, bar
 
 # What is done with a batch: its rows' numbers, their tokens, the past to continue from, and their edits.
 Work: TypeAlias = Callable[[list[int], Tokens, Past, Edits], None]
@@ -65,14 +66,14 @@ def map_rows(  # noqa: PLR0913 - its options are keywords
     groups, and `edits` refers to these numbers. The last `reach` tokens of every row are read, and `new_tokens` more
     will be added to each.
 
-    With `kept`, prefixes are looked up there, and kept for the next call with the same groups; there is no progress
-    bar. `max_rows` is the most rows of a pass, for work that needs more memory than a pass alone.
+    With `kept`, prefixes are looked up there, and kept for the next call with the same groups. `max_rows` is the most
+    rows of a pass, for work that needs more memory than a pass alone.
 
     When memory runs out, the remaining groups continue in smaller passes, so `work` may see a row a second time.
     """
     firsts = [0, *accumulate(len(group) for group in groups)]
     run = _Run(engine, groups, firsts, work, edits, max(reach, edits.reach), new_tokens, kept, max_rows)
-    with engine.session(), progress_bar(engine, firsts[-1], shown=kept is None) as shown:
+    with engine.session(), progress_bar(engine, firsts[-1]) as shown:
         remaining = list(range(len(groups)))
         while remaining:
             try:
@@ -116,13 +117,14 @@ class _Run:
     rows_tried: int = 1
 
     # A separate method, so that the tensors of a failed pass are freed when it returns.
-    def run(self, remaining: Sequence[int], shown: Any) -> None:
+    def run(self, remaining: Sequence[int], shown: Bar) -> None:
         numbers = [row for g in remaining for row in range(self.firsts[g], self.firsts[g + 1])]
         for batch in self.plan(remaining):
             prefix, past, is_kept = self.prefix(batch)
             for i, part in enumerate(batch.parts):
                 rows = [numbers[row] for row in part.rows]
                 is_last = i + 1 == len(batch.parts) and not is_kept
+                shown.begin(len(set(rows) - self.done))
                 self.run_part(rows, batch, part, prefix, past, is_last)
                 shown.update(len(set(rows) - self.done))
                 self.done.update(rows)
@@ -182,6 +184,6 @@ class _Run:
         return Tokens(ids, mask), own
 
 
-def progress_bar(engine: Engine, total: int, unit: str = "row", *, shown: bool = True) -> Any:
-    """A progress bar, unless the engine has them turned off or it would be over in a second."""
-    return tqdm(total=total, unit=unit, leave=False, delay=1, disable=not (engine.progress and shown))
+def progress_bar(engine: Engine, total: int, unit: str = "rows", *, shown: bool = True) -> AbstractContextManager[Bar]:
+    """A bar that counts, unless the engine's are turned off; see `tv_lens.progress`."""
+    return bar(total, unit, shown=engine.progress and shown)

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,7 @@ from tv_lens.engines.running import progress_bar
 from tv_lens.engines.text import Stop
 from tv_lens.engines.vllm_wire import Addition, Reply, Request, Server
 from tv_lens.errors import EngineError, TvLensError
+from tv_lens.progress import Bar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -309,7 +310,7 @@ class VLLMEngine(StatelessEngine):
         if chunk:
             yield chunk
 
-    def _each(self, work: Callable[[Item], Result], items: Sequence[Item], bar: Any = None) -> list[Result]:
+    def _each(self, work: Callable[[Item], Result], items: Sequence[Item], bar: Bar | None = None) -> list[Result]:
         """The results of all items, in order, many at once. The first error ends the others."""
         self.server.persist()
         with ThreadPoolExecutor(self.server.in_flight) as pool:

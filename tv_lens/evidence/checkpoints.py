@@ -1,10 +1,13 @@
-"""A run kept in a folder: its settings, and one file for each vector and each result, written when it is ready."""
+"""A run kept in a folder: its settings, and one file for each vector and each result, written when it is ready.
+
+A run with more tasks or methods, and all other settings the same, may continue in the folder.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tv_lens.errors import TvLensError
@@ -21,7 +24,8 @@ class Checkpoints:
     one name hold the same.
 
     Raises:
-        TvLensError: the folder holds a run with other settings, something else, or a damaged file.
+        TvLensError: the folder holds a run with other settings, or with tasks or methods that this one does not have,
+            or something else, or a damaged file.
     """
 
     def __init__(self, folder: Path | None, settings: Settings, tasks: Sequence[str] | None = None) -> None:
@@ -30,9 +34,14 @@ class Checkpoints:
         self.vectors: dict[tuple[str, str], TaskVectors] = {}
         self.controls: dict[tuple[str, str, str], TaskVectors | None] = {}
         self.costs: dict[tuple[str, str], Cost] = {}
+        # The files of a run with one method are named after the task alone.
+        self._first_method = next(iter(settings.methods))
         if folder is None or not folder.exists():
             return
-        self._check_folder(folder)
+        before = kept_settings(folder)
+        if before is not None:
+            self._check_settings(folder, before)
+            self._first_method = next(iter(before.methods))
         for task in settings.tasks if tasks is None else tasks:
             self.read(task)
 
@@ -72,12 +81,7 @@ class Checkpoints:
         """Keep a task's vectors, and what they cost; the vectors are returned."""
         self.vectors[task, method], self.costs[task, method] = vectors, cost
         if self.folder is not None:
-            path = self.folder / "settings.json"
-            if path.exists():
-                self._check_folder(self.folder)  # another run may have begun there in the meantime
-            else:  # only once there is something to keep
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(path, to_json(self.settings, indent=1))
+            self._keep_settings(self.folder)
             vectors.save(self._path(task, method, "safetensors"), notes=asdict(cost))
         return vectors
 
@@ -108,22 +112,29 @@ class Checkpoints:
         }
         return Experiment(self.settings, tuple(self.results[key] for key in keys), vectors)
 
-    def _check_folder(self, folder: Path) -> None:
-        path = folder / "settings.json"
-        others = [each for each in folder.iterdir() if each.suffix != ".partial"]  # a killed run can leave one
-        if not path.exists():  # looked for last, as another process may be writing it
-            if others:
-                raise TvLensError(f"{folder} is not empty and holds no experiment; use another folder")
-            return
-        try:
-            before = from_typed_json(path.read_bytes(), Settings)
-        except TvLensError as error:
-            raise TvLensError(f"{path}: no settings of an experiment ({error}); use another folder") from error
-        differences = before.differences(self.settings)
+    def _check_settings(self, folder: Path, before: Settings) -> None:
+        """Raise TvLensError unless this run continues the one in the folder."""
+        lacking = [*(set(before.tasks) - set(self.settings.tasks)), *(set(before.methods) - set(self.settings.methods))]
+        now = self.settings if lacking else _part(self.settings, before.tasks, list(before.methods))
+        differences = before.differences(now)
         if differences:
+            advice = "; tasks and methods may be added: name those that it has, too" if lacking else ""
             raise TvLensError(
-                f"{folder} holds a run with other settings ({'; '.join(differences)}); use another folder for this one"
+                f"{folder} holds a run with other settings ({'; '.join(differences)}); use another folder for this "
+                f"one{advice}"
             )
+
+    def _keep_settings(self, folder: Path) -> None:
+        """Write the settings, once there is something to keep, with the tasks and methods that the folder has now."""
+        folder.mkdir(parents=True, exist_ok=True)
+        before, settings = kept_settings(folder), self.settings
+        if before is not None:  # another run may have begun there in the meantime
+            settings = _joined(before, self.settings)
+            tasks, methods = _common(before, self.settings)
+            self._check_settings(folder, _part(before, tasks, methods) if tasks and methods else before)
+            self._first_method = next(iter(before.methods))
+        if settings != before:
+            write_whole(folder / "settings.json", to_json(settings, indent=1))
 
     def _read_result(self, task: str, method: str) -> TaskResult:
         path = self._path(task, method, "json")
@@ -155,11 +166,72 @@ class Checkpoints:
 
     def _path(self, task: str, method: str, kind: str, control: str = "") -> Path:
         assert self.folder is not None
-        name = task if len(self.settings.methods) == 1 else f"{task}, {method}"
-        if control:
-            name += f", control {control}"
-        # A task's name may hold what a file's may not; the digest keeps two such names apart.
-        plain = "".join(char if char.isalnum() or char in "-_" else "_" for char in name)
-        plain = plain.encode()[:80].decode(errors="ignore")  # file systems count bytes
-        mark = "" if plain == name else "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
-        return self.folder / f"task-{plain}{mark}.{kind}"
+        suffix = f", control {control}" if control else ""
+        alone = self.folder / f"{_file_name(task + suffix)}.{kind}"
+        # Methods may have been added since the file was written.
+        if method == self._first_method and (len(self.settings.methods) == 1 or alone.exists()):
+            return alone
+        return self.folder / f"{_file_name(f'{task}, {method}{suffix}')}.{kind}"
+
+
+def kept_settings(folder: Path) -> Settings | None:
+    """The settings of the run that a folder holds; None if it is empty.
+
+    Raises:
+        TvLensError: the folder holds something else.
+    """
+    path = folder / "settings.json"
+    others = [each for each in folder.iterdir() if each.suffix != ".partial"]  # a killed run can leave one
+    if not path.exists():  # looked for last, as another process may be writing it
+        if others:
+            raise TvLensError(f"{folder} is not empty and holds no experiment; use another folder")
+        return None
+    try:
+        return from_typed_json(path.read_bytes(), Settings)
+    except TvLensError as error:
+        raise TvLensError(f"{path}: no settings of an experiment ({error}); use another folder") from error
+
+
+def finished_part(kept: Checkpoints, tasks: Sequence[str], methods: Sequence[str]) -> Experiment:
+    """The experiment of some tasks and methods that are finished."""
+    part = Checkpoints(None, _part(kept.settings, tasks, methods))
+    part.results, part.vectors = kept.results, kept.vectors
+    return part.experiment()
+
+
+def _part(settings: Settings, tasks: Sequence[str], methods: Sequence[str]) -> Settings:
+    """The settings of a run with only these tasks and methods."""
+    return replace(
+        settings,
+        tasks=tuple(tasks),
+        data={task: settings.data[task] for task in tasks},
+        rules={task: settings.rules[task] for task in tasks},
+        method=", ".join(methods),
+        methods={name: settings.methods[name] for name in methods},
+    )
+
+
+def _joined(before: Settings, now: Settings) -> Settings:
+    """The settings of a run with the tasks and methods of both, those of `before` first."""
+    methods = {**before.methods, **now.methods}
+    return replace(
+        now,
+        tasks=tuple(dict.fromkeys((*before.tasks, *now.tasks))),
+        data={**before.data, **now.data},
+        rules={**before.rules, **now.rules},
+        method=", ".join(methods),
+        methods=methods,
+    )
+
+
+def _common(one: Settings, other: Settings) -> tuple[list[str], list[str]]:
+    """The tasks and methods that both have."""
+    return [task for task in one.tasks if task in other.tasks], [name for name in one.methods if name in other.methods]
+
+
+def _file_name(name: str) -> str:
+    # A task's name may hold what a file's may not; the digest keeps two such names apart.
+    plain = "".join(char if char.isalnum() or char in "-_" else "_" for char in name)
+    plain = plain.encode()[:80].decode(errors="ignore")  # file systems count bytes
+    mark = "" if plain == name else "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"task-{plain}{mark}"

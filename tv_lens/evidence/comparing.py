@@ -11,7 +11,7 @@ from tv_lens.errors import TvLensError
 from tv_lens.evidence.comparisons import Comparison
 from tv_lens.evidence.conditions import Condition, other_template, shuffled_few_shot
 from tv_lens.evidence.controls import CONTROLS, Control
-from tv_lens.evidence.experiments import Design, run_design
+from tv_lens.evidence.experiments import Design, run_designs
 from tv_lens.evidence.grids import Boot, run_grid
 from tv_lens.evidence.tuning import check_strengths
 from tv_lens.methods.base import Methods, named_methods
@@ -69,7 +69,8 @@ def compare(  # noqa: PLR0913 - its options are keywords
         template: how prompts are written.
         max_new_tokens: how many tokens an answer may have.
         layers: the layers to try; None for all.
-        folder: keeps finished parts, in a folder for each seed; the same call resumes.
+        folder: keeps finished parts, in a folder for each seed; the same call resumes, and one with more tasks, methods
+            or seeds runs those alone.
         executor: any `concurrent.futures.Executor`, whose workers share the tasks and seeds, as in `run_experiment`.
 
     Returns:
@@ -113,13 +114,8 @@ def compare(  # noqa: PLR0913 - its options are keywords
     if executor is not None:
         by_name = {f"seed-{design.seed}": design for design in designs}
         return Comparison(tuple(run_grid(model, tasks, by_name, folder, executor)))
-    engine = engine_for(model)
-    return Comparison(
-        tuple(
-            run_design(engine, tasks, design, None if folder is None else Path(folder) / f"seed-{design.seed}")
-            for design in designs
-        )
-    )
+    folders = [None if folder is None else Path(folder) / f"seed-{design.seed}" for design in designs]
+    return Comparison(run_designs(engine_for(model), tasks, list(zip(designs, folders, strict=True))))
 
 
 def default_conditions(template: PromptFormat, shots: int) -> tuple[Condition, ...]:

@@ -16,6 +16,7 @@ from tv_lens.generation import answer, encode
 from tv_lens.methods.base import method_of
 from tv_lens.methods.extraction import Extraction
 from tv_lens.patching import Placement, check_type, check_vectors, edits_for
+from tv_lens.progress import stage
 from tv_lens.prompts import Prompt, check_prompts
 from tv_lens.tasks import Task
 from tv_lens.vectors import TaskVectors, check_layer, check_layers
@@ -68,7 +69,8 @@ def sweep_layers(  # noqa: PLR0913 - its options are keywords
     check_type(vectors)
     chosen = swept_layers(engine, layers, vectors.tried_layers)
     conditions = [(vectors, layer) for layer in chosen]
-    scores = decided_scores(engine, task, prompts, conditions, placement, max_new_tokens)
+    with stage("sweep"):
+        scores = decided_scores(engine, task, prompts, conditions, placement, max_new_tokens)
     return Sweep(tuple(chosen), tuple(scores), engine.n_layers)
 
 
@@ -163,9 +165,12 @@ def evaluate(  # noqa: PLR0913 - its options are keywords
     first = 0 if dev is None else len(dev)
     tested = {"patched": vectors, **{name: rows_of(each, slice(first, None)) for name, each in made.items()}}
     conditions = [(each, chosen.get(name, layer)) for name, each in tested.items()]
-    few_shot = unpatched_score(engine, task, prompts, max_new_tokens)
-    zero_shot = unpatched_score(engine, task, [prompt.zero_shot() for prompt in prompts], max_new_tokens)
-    scores = patched_scores(engine, task, prompts, conditions, placement, max_new_tokens)
+    with stage("few-shot"):
+        few_shot = unpatched_score(engine, task, prompts, max_new_tokens)
+    with stage("zero-shot"):
+        zero_shot = unpatched_score(engine, task, [prompt.zero_shot() for prompt in prompts], max_new_tokens)
+    with stage("patched"):
+        scores = patched_scores(engine, task, prompts, conditions, placement, max_new_tokens)
     return Evaluation(
         written_layers(vectors, layer),
         zero_shot=zero_shot,
@@ -297,7 +302,8 @@ def conflict(  # noqa: PLR0913 - its options are keywords
     n_tokens = max(tokens_for(engine, each, max_new_tokens) for each in (task, rival))
     ids = encode(engine, prompts, n_tokens)
     edits = [Edits(), edits_for(engine, prompts, ids, vectors, layer, placement.of(vectors))]
-    plain, patched = answer(engine, prompts, ids, edits, n_tokens)
+    with stage("conflict"):
+        plain, patched = answer(engine, prompts, ids, edits, n_tokens)
     return Conflict(
         task.name,
         rival.name,

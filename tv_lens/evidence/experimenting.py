@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tv_lens.engines import Model, engine_for
 from tv_lens.evidence.controls import CONTROLS, Control
-from tv_lens.evidence.experiments import Design, run_design
+from tv_lens.evidence.experiments import Design, run_designs
 from tv_lens.evidence.grids import Boot, run_grid
 from tv_lens.evidence.results import Experiment
 from tv_lens.evidence.tuning import check_strengths
@@ -65,7 +65,9 @@ def run_experiment(  # noqa: PLR0913 - its options are keywords
             first one that tells the task's answers apart (`first_token`), else in full by each task's own rule;
             `settings["scoring"]` and `settings["rules"]` say which.
         layers: the layers to try; None for all.
-        folder: keeps each finished task; a run with the same settings resumes where it stopped.
+        folder: keeps each finished task. A run with the same settings resumes where it stopped, and one with more tasks
+            or methods runs those alone; the control `other task` of the others is run again if one of the new tasks
+            is less similar.
         n_train: make the vectors from that many other prompts, whose queries are neither dev nor test queries.
         strengths: multiples of the strength that vectors are meant to have, at each of which those that are added are
             tried.
@@ -104,4 +106,5 @@ def run_experiment(  # noqa: PLR0913 - its options are keywords
     if executor is not None:
         [experiment] = run_grid(model, tasks, {"": design}, folder, executor)
         return experiment
-    return run_design(engine_for(model), tasks, design, folder)
+    [experiment] = run_designs(engine_for(model), tasks, [(design, None if folder is None else Path(folder))])
+    return experiment

@@ -10,14 +10,22 @@ from functools import cached_property
 from pathlib import Path
 
 from tv_lens.answers import first_token
-from tv_lens.engines import Capability, Engine, Prefixes, Reads, progress_bar, sharing_reads
+from tv_lens.engines import Capability, Engine, Prefixes, Reads, sharing_reads
 from tv_lens.errors import TvLensError
 from tv_lens.evidence.checkpoints import Checkpoints
 from tv_lens.evidence.conditions import Condition, condition_score
-from tv_lens.evidence.controls import CONTROLS, Control, ShuffledDemonstrations, Treatment, check_controls, rows_of
+from tv_lens.evidence.controls import (
+    CONTROLS,
+    Control,
+    ShuffledDemonstrations,
+    Treatment,
+    check_controls,
+    control_vectors,
+    rows_of,
+)
 from tv_lens.evidence.evaluation import swept_layers, written_layers
 from tv_lens.evidence.other_tasks import least_similar
-from tv_lens.evidence.results import PLAIN, Conditions, Cost, Evaluation, Experiment, Score, TaskResult
+from tv_lens.evidence.results import PLAIN, Choice, Conditions, Cost, Evaluation, Experiment, Score, TaskResult
 from tv_lens.evidence.scoring import (
     FewShotRun,
     decided_scores,
@@ -34,6 +42,7 @@ from tv_lens.measuring import check_answers_fit
 from tv_lens.methods.base import Method, settings_of
 from tv_lens.methods.reading import read_together
 from tv_lens.patching import Placement
+from tv_lens.progress import Bar, stage, whole_bar
 from tv_lens.prompts import PAPER, Prompt, PromptFormat
 from tv_lens.provenance import versions
 from tv_lens.tasks import Task, fingerprint
@@ -80,16 +89,23 @@ class Design:
         return [control for control in self.controls if control.runs_model]
 
 
-def run_design(engine: Engine, tasks: Sequence[Task], design: Design, folder: str | Path | None) -> Experiment:
-    """The experiment of this design, resumed if the folder holds a part of it."""
-    run = prepare(engine, tasks, design, folder)
-    run.check_prompts()
-    run.make_all_vectors()
-    with progress_bar(engine, len(run.plans) * len(design.methods), "task") as shown:
-        for i in range(len(run.plans)):
-            for _ in run.make_results(i):
-                shown.update()
-    return run.checkpoints.experiment()
+def run_designs(
+    engine: Engine, tasks: Sequence[Task], designs: Sequence[tuple[Design, Path | None]]
+) -> tuple[Experiment, ...]:
+    """The experiment of each design, resumed if its folder holds a part of it."""
+    check_tasks(tasks)
+    total = sum(len(tasks) * len(design.methods) for design, _ in designs)
+    experiments = []
+    with whole_bar(total, "results", shown=engine.progress) as shown:
+        for design, folder in designs:
+            label = (f"seed {design.seed}",) if len(designs) > 1 else ()
+            run = replace(prepare(engine, tasks, design, folder), shown=shown, label=label)
+            run.check_prompts()
+            run.make_all_vectors()
+            for i in range(len(run.plans)):
+                run.make_results(i)
+            experiments.append(run.checkpoints.experiment())
+    return tuple(experiments)
 
 
 def prepare(
@@ -210,12 +226,14 @@ def _weights(engine: Engine, plans: Sequence[TaskPlan], folder: str | Path | Non
 
 @dataclass(frozen=True)
 class Run:
-    """An experiment while it runs."""
+    """An experiment while it runs. `shown` counts its results, and shows the label before what is done."""
 
     engine: Engine
     plans: Sequence[TaskPlan]
     design: Design
     checkpoints: Checkpoints
+    shown: Bar = field(default_factory=Bar)
+    label: tuple[str, ...] = ()
 
     @property
     def settings(self) -> Settings:
@@ -232,12 +250,11 @@ class Run:
 
     def make_all_vectors(self) -> None:
         """The vectors of every task that has no result yet, with the controls that run the model."""
-        unfinished = [i for i, plan in enumerate(self.plans) if self.checkpoints.without_result(plan.task.name)]
-        with progress_bar(self.engine, len(unfinished), "task") as shown:
-            for i in unfinished:
-                shown.set_description("vectors")
+        for i, plan in enumerate(self.plans):
+            if self.checkpoints.without_result(plan.task.name):
+                self.shown.describe(*self.label, f"vectors of {plan.task.name}")
                 self.make_vectors(i)
-                shown.update()
+        self.shown.restart()
 
     def make_vectors(self, i: int) -> None:
         """The vectors of one task that are missing, each read once for all methods and their controls."""
@@ -249,23 +266,30 @@ class Run:
         with sharing_reads(self.engine):
             if len(everything) > 1:
                 # For all methods, so that a resumed run reads in the same batches.
-                self._read_together(i, dict.fromkeys(everything, self.plans[i].train))
-                self._read_together(i, {name: self._shuffled(i, name) for name in everything})
+                with stage("reading"):
+                    self._read_together(i, dict.fromkeys(everything, self.plans[i].train))
+                    self._read_together(i, {name: self._shuffled(i, name) for name in everything})
             for name in self.checkpoints.without_result(task):
                 vectors = self.vector(i, name)
                 for control in early:
                     key = (task, name, control.name)
                     if key not in self.checkpoints.controls:
-                        self.checkpoints.keep_control(*key, control(self._treatment(i, name, vectors)))
+                        with stage(name, f"control {control.name}"):
+                            self.checkpoints.keep_control(*key, control(self._treatment(i, name, vectors)))
 
-    def make_results(self, i: int) -> Iterator[TaskResult]:
+    def make_results(self, i: int) -> None:
         """The results of one task, each kept as soon as it is known. All methods share what is run without vectors."""
         task, tests = self.plans[i].task.name, _Tests(self.engine, self.plans[i], self.design)
         for name in self.design.methods:
+            self.shown.describe(*self.label, task, name)
             self.checkpoints.read(task)  # what another process has finished in the meantime
-            if (task, name) not in self.checkpoints.results:
-                self.checkpoints.keep_result(self.result(i, name, tests))
-            yield self.checkpoints.results[task, name]
+            kept = self.checkpoints.results.get((task, name))
+            if kept is not None and kept.other_task == self._name_of(self._other(i, name)):
+                self.shown.skip()
+                continue
+            made = self.result(i, name, tests) if kept is None else self.result_among(i, name, kept, tests)
+            self.checkpoints.keep_result(made)
+            self.shown.update()
 
     def _read_together(self, i: int, prompts: Mapping[str, Sequence[Prompt]]) -> None:
         """Read what each method needs of its prompts, once for all methods."""
@@ -287,7 +311,7 @@ class Run:
             self.checkpoints.read_vectors(plan.task.name)  # what another process has made in the meantime
         if key in self.checkpoints.vectors:
             return self.checkpoints.vectors[key]
-        with sharing_reads(self.engine) as reads, _metered(self.engine, reads) as meter:
+        with stage(name), sharing_reads(self.engine) as reads, _metered(self.engine, reads) as meter:
             vectors = method(self.engine, plan.development, plan.train, self.design.seed).mean()
         if vectors.task != plan.task.name:
             raise TvLensError(
@@ -308,18 +332,15 @@ class Run:
             )
         other = self._other(i, name)
         controls = self._controls(i, name, self._treatment(i, name, vector, other))
-        n_dev, vectors = len(plan.dev), {"patched": vector, **controls}
-        on_dev, on_test = (
-            {key: rows_of(each, rows) for key, each in vectors.items()} for rows in (slice(n_dev), slice(n_dev, None))
-        )
-        tuned = tests.tune(on_dev, self.settings.layers)
-        evaluation = tests.evaluate(on_test, tuned)
+        vectors = {"patched": vector, **controls}
+        tuned = tests.tune(_on_dev(vectors, plan), self.settings.layers)
+        evaluation = tests.evaluate(_on_test(vectors, plan), tuned)
         return TaskResult(
             task=plan.task.name,
             category=plan.task.category,
             sweep=tuned["patched"].sweep,
             evaluation=evaluation,
-            other_task=None if other is None else self.plans[other].task.name,
+            other_task=self._name_of(other),
             dev_prompts=tuple(prompt.text for prompt in plan.dev),
             test_prompts=tuple(prompt.text for prompt in plan.test_prompts),
             queries=tuple(prompt.query for prompt in plan.test_prompts),
@@ -331,6 +352,36 @@ class Run:
             train_prompts=() if design.n_train is None else tuple(prompt.text for prompt in plan.train),
             cost=self.checkpoints.costs.get((plan.task.name, name)),
         )
+
+    def result_among(self, i: int, name: str, kept: TaskResult, tests: _Tests) -> TaskResult:
+        """A result that was made when the run had other tasks, with those controls made anew that may have another
+        task's vector.
+        """
+        other, before = self._other(i, name), kept.evaluation
+        treatment = self._treatment(i, name, self.vector(i, name), other)
+        made = control_vectors([control for control in self.design.controls if not control.runs_model], treatment)
+        tuned = tests.tune(_on_dev(made, self.plans[i]), self.settings.layers, preferred=kept.ties[0]) if made else {}
+        scores = tests.scores(_on_test(made, self.plans[i]), tuned) if made else {}
+        early = {control.name for control in self.design.early_controls} & set(before.controls)
+        names = [control.name for control in self.design.controls if control.name in {*early, *made}]
+        layers = {each: written_layers(made[each], tuned[each].choice.layer) for each in made}
+        strengths = {each: tuned[each].choice.strength for each in made}
+        return replace(
+            kept,
+            other_task=self._name_of(other),
+            control_sweeps={each: tuned[each].sweep if each in made else kept.control_sweeps[each] for each in names},
+            evaluation=replace(
+                before,
+                controls={each: scores[each] if each in made else before.controls[each] for each in names},
+                control_layers={each: layers[each] if each in made else before.control_layers[each] for each in names},
+                control_strengths={
+                    each: strengths[each] if each in made else before.control_strengths[each] for each in names
+                },
+            ),
+        )
+
+    def _name_of(self, i: int | None) -> str | None:
+        return None if i is None else self.plans[i].task.name
 
     def _other(self, i: int, name: str) -> int | None:
         return least_similar(i, [plan.task for plan in self.plans], lambda j: self.vector(j, name))
@@ -363,6 +414,16 @@ class Run:
         return made
 
 
+def _on_dev(vectors: Mapping[str, TaskVectors], plan: TaskPlan) -> dict[str, TaskVectors]:
+    """The vectors for the dev prompts, which come first."""
+    return {name: rows_of(each, slice(len(plan.dev))) for name, each in vectors.items()}
+
+
+def _on_test(vectors: Mapping[str, TaskVectors], plan: TaskPlan) -> dict[str, TaskVectors]:
+    """The vectors for the test prompts."""
+    return {name: rows_of(each, slice(len(plan.dev), None)) for name, each in vectors.items()}
+
+
 @dataclass(frozen=True)
 class _Tests:
     """What is run on the dev and test prompts of one task. All methods share the runs without vectors, and what comes
@@ -378,49 +439,64 @@ class _Tests:
     @cached_property
     def few_shot_run(self) -> FewShotRun:
         """The few-shot answers to the test prompts, measured."""
-        return few_shot_run(self.engine, self.plan.test, self.plan.test_prompts, self.design.max_new_tokens)
+        with stage("few-shot"):
+            return few_shot_run(self.engine, self.plan.test, self.plan.test_prompts, self.design.max_new_tokens)
 
     @cached_property
     def few_shot_score(self) -> Score:
         """The score of the few-shot answers."""
         if self.design.measured:
             return self.few_shot_run.score
-        return unpatched_score(self.engine, self.plan.test, self.plan.test_prompts, self.design.max_new_tokens)
+        with stage("few-shot"):
+            return unpatched_score(self.engine, self.plan.test, self.plan.test_prompts, self.design.max_new_tokens)
 
     @cached_property
     def zero_shot_score(self) -> Score:
         """The score of the answers to the test queries alone."""
         test, queries = self.plan.test, [prompt.zero_shot() for prompt in self.plan.test_prompts]
         kept, n_tokens = self.kept, self.design.max_new_tokens
-        if self.design.measured:
-            return unpatched_measured(self.engine, test, queries, n_tokens, few_shot=self.few_shot_run, kept=kept)
-        return unpatched_score(self.engine, test, queries, n_tokens, kept=kept)
+        few_shot = self.few_shot_run if self.design.measured else None
+        with stage("zero-shot"):
+            if few_shot is not None:
+                return unpatched_measured(self.engine, test, queries, n_tokens, few_shot=few_shot, kept=kept)
+            return unpatched_score(self.engine, test, queries, n_tokens, kept=kept)
 
-    def tune(self, candidates: Mapping[str, TaskVectors], layers: Sequence[int]) -> dict[str, Tuned]:
+    def tune(
+        self, candidates: Mapping[str, TaskVectors], layers: Sequence[int], preferred: Choice | None = None
+    ) -> dict[str, Tuned]:
         """The layers and strengths of all candidates, chosen on the dev prompts."""
-        return tune(
-            self.engine,
-            self.plan.development,
-            self.plan.dev,
-            candidates,
-            layers=layers,
-            strengths=self.design.strengths,
-            max_new_tokens=self.design.max_new_tokens,
-            kept=self.kept,
-        )
+        with stage("sweep"):
+            return tune(
+                self.engine,
+                self.plan.development,
+                self.plan.dev,
+                candidates,
+                layers=layers,
+                strengths=self.design.strengths,
+                max_new_tokens=self.design.max_new_tokens,
+                preferred=preferred,
+                kept=self.kept,
+            )
 
-    def evaluate(self, vectors: Mapping[str, TaskVectors], tuned: Mapping[str, Tuned]) -> Evaluation:
-        """The test prompts under all conditions, each vector at its own layer and strength."""
+    def scores(self, vectors: Mapping[str, TaskVectors], tuned: Mapping[str, Tuned]) -> dict[str, Score]:
+        """The answers to the test prompts with each of the vectors, at its own layer and strength."""
         test, prompts, n_tokens = self.plan.test, self.plan.test_prompts, self.design.max_new_tokens
         chosen = {name: tuned[name].choice for name in vectors}
         written = [(at_strength(vectors[name], each.strength), each.layer) for name, each in chosen.items()]
-        if self.design.measured:
-            scores = measured_scores(
-                self.engine, test, prompts, written, Placement(), n_tokens, few_shot=self.few_shot_run, kept=self.kept
-            )
-        else:
-            scores = patched_scores(self.engine, test, prompts, written, Placement(), n_tokens, kept=self.kept)
-        controls = dict(zip(vectors, scores, strict=True))
+        few_shot = self.few_shot_run if self.design.measured else None
+        with stage("test prompts"):
+            if few_shot is not None:
+                scores = measured_scores(
+                    self.engine, test, prompts, written, Placement(), n_tokens, few_shot=few_shot, kept=self.kept
+                )
+            else:
+                scores = patched_scores(self.engine, test, prompts, written, Placement(), n_tokens, kept=self.kept)
+        return dict(zip(vectors, scores, strict=True))
+
+    def evaluate(self, vectors: Mapping[str, TaskVectors], tuned: Mapping[str, Tuned]) -> Evaluation:
+        """The test prompts under all conditions, each vector at its own layer and strength."""
+        chosen = {name: tuned[name].choice for name in vectors}
+        controls = self.scores(vectors, tuned)
         patched = controls.pop("patched")
         return Evaluation(
             written_layers(vectors["patched"], chosen["patched"].layer),
@@ -440,15 +516,16 @@ class _Tests:
         """
         if len(tuned.ties) < 2:
             return ()
-        scores = decided_scores(
-            self.engine,
-            self.plan.test,
-            self.plan.test_prompts,
-            [(at_strength(vector, each.strength), each.layer) for each in tuned.ties[1:]],
-            Placement(),
-            self.design.max_new_tokens,
-            kept=self.kept,
-        )
+        with stage("layers that tie"):
+            scores = decided_scores(
+                self.engine,
+                self.plan.test,
+                self.plan.test_prompts,
+                [(at_strength(vector, each.strength), each.layer) for each in tuned.ties[1:]],
+                Placement(),
+                self.design.max_new_tokens,
+                kept=self.kept,
+            )
         return (chosen.accuracy, *(score.accuracy for score in scores))
 
     def conditions(self, vector: TaskVectors, tuned: Tuned) -> Conditions | None:
@@ -460,14 +537,13 @@ class _Tests:
             if vector.usage.per_position and len({prompt.shots for prompt in (*asked, *self.plan.test_prompts)}) > 1:
                 continue  # vectors for the separators of few-shot prompts
             test, kept, n_tokens = self._test_for(asked), self.kept, self.design.max_new_tokens
-            if condition.name not in self._plain:
-                self._plain[condition.name] = condition_score(
-                    self.engine, test, asked, condition, None, n_tokens, kept=kept
-                )
-            scores[condition.name] = {
-                PLAIN: self._plain[condition.name],
-                "patched": condition_score(self.engine, test, asked, condition, written, n_tokens, kept=kept),
-            }
+            with stage(condition.name):
+                if condition.name not in self._plain:
+                    self._plain[condition.name] = condition_score(
+                        self.engine, test, asked, condition, None, n_tokens, kept=kept
+                    )
+                patched = condition_score(self.engine, test, asked, condition, written, n_tokens, kept=kept)
+            scores[condition.name] = {PLAIN: self._plain[condition.name], "patched": patched}
         return Conditions(scores) if scores else None
 
     def _test_for(self, asked: Sequence[Prompt]) -> Task:

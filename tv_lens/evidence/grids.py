@@ -16,17 +16,16 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-
-from tqdm.auto import tqdm
+from typing import Literal, TypeAlias
 
 from tv_lens.engines import Engine, Model, engine_for
 from tv_lens.errors import GridError, TvLensError
 from tv_lens.evidence.checkpoints import Checkpoints
 from tv_lens.evidence.experiments import Design, Run, check_tasks, prepare
-from tv_lens.evidence.other_tasks import dissimilar
+from tv_lens.evidence.other_tasks import dissimilar, least_similar
 from tv_lens.evidence.results import Experiment
 from tv_lens.evidence.settings import Settings
+from tv_lens.progress import Bar, whole_bar
 from tv_lens.tasks import Task
 
 # What workers call to get their model. They import it by its name, so it is a function of a module, not a lambda.
@@ -72,10 +71,26 @@ class Grid:
                 early = [control.name for control in self.designs[cell.design].early_controls]
                 if own.lacks_vectors(name, early):
                     missing[cell] = set()
-            elif own.without_result(name):
+            elif own.without_result(name) or not self._is_current(cell, own):
                 sources = [Cell("vectors", cell.design, i) for i in (cell.task, *dissimilar(cell.task, self.tasks))]
                 missing[cell] = {source for source in sources if source in missing}
         return missing
+
+    def _is_current(self, cell: Cell, own: Checkpoints) -> bool:
+        """Whether the results of a task have the control `other task` of the tasks that there are now, so far as their
+        vectors are known.
+        """
+        sources = (cell.task, *dissimilar(cell.task, self.tasks))
+        for method in own.settings.methods:
+            vectors = {j: own.vectors.get((self.tasks[j].name, method)) for j in sources}
+            known = {j: each for j, each in vectors.items() if each is not None}
+            if len(known) < len(vectors):
+                return False
+            other = least_similar(cell.task, self.tasks, known.__getitem__)
+            name = None if other is None else self.tasks[other].name
+            if own.results[self.tasks[cell.task].name, method].other_task != name:
+                return False
+        return True
 
 
 def run_grid(
@@ -103,9 +118,8 @@ def run_grid(
         pairs = list(zip(grid.folders, opened.settings, strict=True))
         missing = grid.missing([Checkpoints(*pair) for pair in pairs])
         done = len(grid.cells()) - len(missing)
-        with tqdm(
-            total=len(grid.cells()), initial=done, unit="cell", leave=False, delay=1, disable=not opened.progress
-        ) as shown:
+        with whole_bar(len(grid.cells()), "cells", shown=opened.progress) as shown:
+            shown.skip(done)
             failed = _run_cells(grid, missing, executor, shown)
     finally:
         marker.unlink(missing_ok=True)
@@ -138,7 +152,7 @@ def _checked(boot: Model | Boot, folder: str | Path | None, executor: Executor) 
 
 
 def _run_cells(
-    grid: Grid, cells: Mapping[Cell, set[Cell]], executor: Executor, shown: Any
+    grid: Grid, cells: Mapping[Cell, set[Cell]], executor: Executor, shown: Bar
 ) -> dict[Cell, BaseException]:
     """Have every cell run, after those that it needs, and return the errors of those that failed."""
     waiting = {cell: set(needs) for cell, needs in cells.items()}
@@ -159,7 +173,7 @@ def _run_cells(
                 error = CancelledError("it was cancelled") if future.cancelled() else future.exception()
                 if error is not None:
                     failed[cell] = error
-                    shown.set_postfix(failed=len(failed))
+                    shown.describe(f"{len(failed)} failed")
                     continue
                 shown.update()
                 for needs in waiting.values():
@@ -253,5 +267,4 @@ def run_cell(grid: Grid, cell: Cell) -> None:
         if cell.kind == "vectors":
             run.make_vectors(cell.task)
         else:
-            for _ in run.make_results(cell.task):
-                pass
+            run.make_results(cell.task)

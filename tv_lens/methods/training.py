@@ -19,6 +19,7 @@ from tv_lens.errors import TvLensError
 from tv_lens.methods.base import as_option
 from tv_lens.methods.losses import Examples, Objective, Trainer
 from tv_lens.methods.progress import Epoch, Progress
+from tv_lens.progress import Bar
 from tv_lens.prompts import Prompt, check_prompts
 
 
@@ -145,8 +146,8 @@ class Training:
             self._validate(trainer, progress, list(range(len(self.layers))), None)
             self._save(progress, file, settings)
         batches = self._batches()
-        with progress_bar(self.engine, options.epochs * len(batches), "step") as shown:
-            shown.update(progress.epochs * len(batches))
+        with progress_bar(self.engine, options.epochs * len(batches), "steps") as shown:
+            shown.skip(progress.epochs * len(batches))
             while progress.epochs < options.epochs and (active := self._active(progress)):
                 progress.epochs += 1
                 losses = self._train(trainer, progress, active, batches, shown)
@@ -168,7 +169,7 @@ class Training:
         return [slot for slot, epochs in enumerate(stale) if epochs < self.options.patience]
 
     def _train(
-        self, trainer: Trainer, progress: Progress, active: list[int], batches: Sequence[list[int]], shown: Any
+        self, trainer: Trainer, progress: Progress, active: list[int], batches: Sequence[list[int]], shown: Bar
     ) -> Float[Tensor, " vector"]:
         """One epoch; the mean loss of each active vector while it was trained."""
         options, rows = self.options, list(progress.vectors)  # views, which the optimizer changes in place

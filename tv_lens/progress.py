@@ -1,0 +1,261 @@
+"""What is being done, and how far it is: bars on a terminal and in notebooks, plain lines elsewhere.
+
+`stage` says what is done inside it; a bar shows the stages around it. Two bars are shown at most: one of a whole run,
+and one of the rows or steps inside. Nothing is shown of what is over in a second.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import std
+from tqdm.auto import tqdm
+
+# Seconds: before a bar is shown, between two drawings of it on a terminal, and between two plain lines.
+_DELAY = 1.0
+_REDRAWN = 0.5
+_BETWEEN_LINES = 10.0
+
+# Below this width a line has no bar.
+_NARROW = 60
+
+
+@dataclass(eq=False)
+class Bar:
+    """A count of what is done. `drawn` is its bar; without one it prints plain lines if `prints`, or else nothing.
+
+    `outer` is the bar of the whole run around it, and `known` counts what was done before. So many as `begun` are in
+    work, and this `share` of that is done.
+    """
+
+    total: int | None = None
+    unit: str = "rows"
+    words: tuple[str, ...] = ()
+    outer: Bar | None = None
+    drawn: Any = None
+    prints: bool = False
+    done: int = 0
+    known: int = 0
+    begun: int = 0
+    share: float = 0.0
+    since: float = field(default_factory=lambda: time.monotonic())
+
+    def begin(self, n: int) -> None:
+        """Say that `n` more are in work."""
+        self.begun = n
+
+    def estimate(self, share: float) -> None:
+        """Say how much of what is in work is done, from 0 to 1."""
+        self.share = share
+        self._show()
+
+    def update(self, n: int = 1) -> None:
+        """Count `n` more."""
+        self.begun, self.share = 0, 0.0
+        self.done += n
+        self._show()
+
+    def skip(self, n: int = 1) -> None:
+        """Count `n` that were done before, which says nothing about the time that the others take."""
+        self.known += n
+        if self.drawn is not None:
+            self.drawn.initial += n
+            self.drawn.n += n
+
+    def describe(self, *words: str) -> None:
+        """Say what is done now."""
+        self.words = words
+        if self.drawn is not None:
+            self.drawn.set_description_str(", ".join(words), refresh=False)
+            _redraw(self.drawn)
+
+    def restart(self) -> None:
+        """Measure the time that is left from now on."""
+        self.since = time.monotonic()
+        if self.drawn is not None:
+            self.drawn.unpause()
+
+    def _show(self) -> None:
+        if self.drawn is not None:
+            self.drawn.update(self.count - self.drawn.n)
+        elif self.prints:
+            _print_if_due(self)
+
+    @property
+    def count(self) -> int:
+        """How many are done, with the share of those in work."""
+        return self.known + self.done + int(self.share * self.begun)
+
+    @property
+    def line(self) -> str:
+        """What is done, how far it is, and how long the rest takes at this speed."""
+        words = ", ".join(self.words)
+        if self.total is None:
+            return words
+        count = f"{words}{': ' if words else ''}{self.count} of {self.total} {self.unit}"
+        if self.count == self.known:
+            return count
+        seconds = (self.total - self.count) * (time.monotonic() - self.since) / (self.count - self.known)
+        return f"{count}, {std.tqdm.format_interval(seconds)} left"
+
+
+# What is done now, the innermost bar that is shown, and the bar of the whole run.
+_stages: ContextVar[tuple[str, ...]] = ContextVar("tv_lens_stages", default=())
+_inner: ContextVar[Bar | None] = ContextVar("tv_lens_bar", default=None)
+_whole: ContextVar[Bar | None] = ContextVar("tv_lens_whole_bar", default=None)
+
+
+@contextmanager
+def stage(*words: str) -> Iterator[None]:
+    """Say what is done inside, such as the task and the step. It is not for a generator that yields inside."""
+    token = _stages.set((*_stages.get(), *words))
+    try:
+        yield
+    finally:
+        _stages.reset(token)
+
+
+def estimate(share: float) -> None:
+    """Say how much of the rows in work is done, from 0 to 1."""
+    shown = _inner.get()
+    if shown is not None:
+        shown.estimate(share)
+
+
+@contextmanager
+def bar(total: int | None, unit: str = "rows", *, shown: bool = True) -> Iterator[Bar]:
+    """A bar with the stages around it. Inside of another one nothing is shown, but for the bar of a whole run."""
+    if not shown or _inner.get() is not None:
+        yield Bar()
+        return
+    with _shown(Bar(total, unit, _stages.get(), _whole.get()), _inner) as made:
+        yield made
+
+
+@contextmanager
+def whole_bar(total: int, unit: str, *, shown: bool = True) -> Iterator[Bar]:
+    """The bar of a whole run, inside of which the bar of what is done now is shown."""
+    if not shown or _whole.get() is not None or _inner.get() is not None:
+        yield Bar()
+        return
+    with _shown(Bar(total, unit), _whole) as made:
+        yield made
+
+
+@contextmanager
+def _shown(made: Bar, variable: ContextVar[Bar | None]) -> Iterator[Bar]:
+    """Show the bar, as what it is on this output, until the end."""
+    token = variable.set(made)
+    try:
+        if _in_notebook():
+            made.drawn = tqdm(**_options(made))
+            yield made
+        elif sys.stderr.isatty():
+            made.drawn = _TerminalBar(**_options(made), dynamic_ncols=True)
+            with _redrawn(made.drawn):
+                yield made
+        else:
+            made.prints = True
+            yield made
+    finally:
+        variable.reset(token)
+        if made.drawn is not None:
+            made.drawn.close()
+
+
+def _options(made: Bar) -> dict[str, Any]:
+    described = {"total": made.total, "unit": made.unit, "desc": ", ".join(made.words)}
+    return {**described, "leave": False, "delay": _DELAY, "file": sys.stderr}
+
+
+def _in_notebook() -> bool:
+    """Whether tqdm draws with widgets here."""
+    return any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+
+
+def _redraw(drawn: Any) -> None:
+    """Draw the bar now, unless it is new."""
+    if time.time() >= drawn.start_t + drawn.delay:
+        drawn.refresh()
+        drawn.delay = 0  # it has been shown, and is to be removed at the end
+
+
+# On a terminal
+
+
+class _TerminalBar(std.tqdm):  # type: ignore[type-arg]
+    """A line that fits the window: in a narrow one without a bar."""
+
+    def __str__(self) -> str:
+        values: dict[str, Any] = {**self.format_dict}
+        columns = values["ncols"] = values["ncols"] or 80
+        if self.total is None:
+            values["bar_format"], others = "{desc} [{elapsed}]", 12
+        elif columns < _NARROW:
+            values["bar_format"], others = (
+                "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
+                2 * len(str(self.total)) + 16,
+            )
+        else:
+            values["bar_format"] = (
+                "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}, {remaining} left]"
+            )
+            others = 2 * len(str(self.total)) + len(self.unit) + 40
+        values["prefix"] = shortened(self.desc, columns - others)
+        return self.format_meter(**values)
+
+
+def shortened(text: str, columns: int) -> str:
+    """The text in so many columns, at least four: if it is longer, without its end."""
+    return text if len(text) <= columns else text[: max(columns - 3, 1)] + "..."
+
+
+@contextmanager
+def _redrawn(drawn: Any) -> Iterator[None]:
+    """Draw the bar again and again, also while nothing is counted, so that it moves."""
+    ended = threading.Event()
+
+    def redraw() -> None:
+        while not ended.wait(_REDRAWN):
+            _redraw(drawn)
+
+    thread = threading.Thread(target=redraw, name="tv_lens progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+# As plain lines
+
+
+@dataclass
+class _Log:
+    """When the last line was printed, by any thread."""
+
+    lock: Any = field(default_factory=threading.Lock)
+    last: float = 0.0
+
+
+_log = _Log()
+
+
+def _print_if_due(changed: Bar) -> None:
+    """Print a line on the bar and the one around it, if they are not new and the last line is old enough."""
+    outer = changed if changed.outer is None else changed.outer
+    now = time.monotonic()
+    with _log.lock:
+        if now - max(_log.last, outer.since) < _BETWEEN_LINES:
+            return
+        _log.last = now
+    lines = [each.line for each in dict.fromkeys((outer, changed))]
+    print(f"tv-lens: {'; '.join(lines)}", file=sys.stderr, flush=True)
