@@ -114,6 +114,7 @@ def test_run_takes_layers_strengths_and_training_prompts(
 COMPARED = ["--n-train", "3", "--seeds", "0,2", "--layers", "1,3", "--strengths", "1,3"]
 
 
+@pytest.mark.slow
 def test_compare_is_compare(capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path) -> None:
     saved, page, folder = (str(tmp_path / name) for name in ("c.json", "c.html", "kept"))
     methods = ["--method", "mean_state", "--method", "linear_vector:penalty=2.5"]
@@ -515,6 +516,7 @@ def test_an_interrupted_run_exits_with_130_and_resumes(
     assert as_json(capsys, *args, "--folder", str(folder)) == as_json(capsys, *args)
 
 
+@pytest.mark.slow
 def test_a_folder_is_extended_and_reported(
     capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path
 ) -> None:

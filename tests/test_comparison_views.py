@@ -433,6 +433,7 @@ def repeated(page: Path, own: dict[str, Any], model: Any) -> dict[str, Any]:
 SMALL: dict[str, Any] = {"shots": 2, "n_train": 4, "n_dev": 3, "n_test": 4, "max_new_tokens": 2}
 
 
+@pytest.mark.slow
 def test_the_page_says_how_to_repeat_a_comparison(tmp_path: Path) -> None:
     """The code on the page is run, and gives the same results again: methods under other names, a custom one, options
     that are not numbers, and settings that are not the defaults.

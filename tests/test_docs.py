@@ -136,6 +136,7 @@ def test_the_page_on_statistics_shows_what_its_functions_return() -> None:
     assert doctest.DocTestRunner().run(examples).failed == 0
 
 
+@pytest.mark.slow
 def test_the_page_on_comparing_runs(llama: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "comparing.md").read_text(encoding="utf-8")

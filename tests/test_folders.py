@@ -46,6 +46,7 @@ def run(model: Any, tasks: Sequence[tv.Task], methods: Sequence[tv.Method], fold
 ALL = ("patched", "random", "other task", "shuffled")
 
 
+@pytest.mark.slow
 def test_more_tasks_continue_in_a_folder(
     llama: Twins, tmp_path: Path, swept: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +89,7 @@ def test_more_methods_continue_in_a_folder(llama: Twins, tmp_path: Path, swept: 
     assert actual.vectors.keys() == fresh.vectors.keys()
 
 
+@pytest.mark.slow
 def test_more_of_everything_continues_in_the_folder_of_a_comparison(llama: Twins, tmp_path: Path) -> None:
     """Log-probabilities, divergences and strengths are those of a fresh run, too."""
 

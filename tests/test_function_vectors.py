@@ -271,6 +271,7 @@ def test_free_text_has_one_query_and_no_demonstrations() -> None:
             tv.FreeText(broken)
 
 
+@pytest.mark.slow
 def test_the_page_on_heads_runs(llama: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("top_heads.json").write_text('{"top_heads": [[2, 1], [0, 3]], "top_head_effects": [0.2, 0.1]}')

@@ -565,6 +565,7 @@ def test_the_curve_is_shown(llama: Twins) -> None:
     assert len(figure.data) == 3 * 4
 
 
+@pytest.mark.slow
 def test_the_page_on_learning_runs(llama: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "learning.md").read_text(encoding="utf-8")

@@ -174,6 +174,7 @@ def test_tokens_with_equal_texts_are_distinguished() -> None:
     assert second.x == (0.75, 0.125)
 
 
+@pytest.mark.slow
 def test_without_plotly_the_error_names_the_extra() -> None:
     code = """
 import sys; sys.modules["plotly"] = sys.modules["plotly.graph_objects"] = None
