@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ import pytest
 
 def open_browser() -> Iterator[Any]:
     """Chromium, closed afterward; skip if it is not installed."""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None or find_spec("selenium") is None:
+        if os.environ.get("TV_LENS_NEED_BROWSER"):
+            raise RuntimeError("chromium, chromedriver and selenium are to be here")
+        pytest.skip(
+            "needs the extra test-browser, chromium and chromedriver (Debian: apt-get install chromium chromium-driver)"
+        )
     from selenium import webdriver
 
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if program is None or driver is None:
-        if os.environ.get("TV_LENS_NEED_BROWSER"):
-            raise RuntimeError("chromium and chromedriver are to be here")
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = program
     # Offline: the page must not need the network.

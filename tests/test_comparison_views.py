@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import pytest
 from browsers import fetched, open_browser, texts
 from models import make_twins
-from results import make_comparison
+from results import make_comparison, score_of
 
 import tv_lens as tv
 from tv_lens import Comparison
@@ -284,6 +284,105 @@ def test_the_page_fits_a_narrow_screen(browser: Any, page: Path) -> None:
         assert browser.get_log("browser") == []
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_methods_are_next_to_each_other_at_each_layer(
+    browser: Any, page: Path, figure: go.Figure, comparison: Comparison
+) -> None:
+    """A panel for each task with a line for each method, and a table with a column for each method. A seed counts with
+    the strength that was chosen for it: made-up sweeps have 8 of 10 right at layer 1, and 7 or 8 at layer 2.
+    """
+    from tv_lens.views.layers import LayerAccuracies
+
+    drawn = LayerAccuracies(comparison.experiments).plot()
+    assert [each.text for each in drawn.layout.annotations] == [f"<b>{shown(task)}</b>" for task in TASKS]
+    assert len(drawn.data) == len(TASKS) * len(NAMES)
+    for i, task in enumerate(TASKS):
+        panel = [each for each in drawn.data if each.xaxis == f"x{i + 1 if i else ''}"]
+        assert [each.name for each in panel] == list(map(shown, NAMES)), task
+        assert all(each.x == (1, 2) for each in panel)
+        assert all(each.y == pytest.approx((0.8, 0.7 + 0.1 * (i % 2))) for each in panel)
+    assert sum(each.showlegend for each in drawn.data) == len(NAMES)
+    looks = {each.name: (each.marker.symbol, each.line.color) for each in drawn.data}
+    assert len(set(looks.values())) == len(NAMES)
+    assert all(looks[shown(name)][0] == points(figure, name)[0].marker.symbol for name in NAMES)
+    browser.get(page.as_uri())
+    browser.find_element("css selector", "[data-part=layers] table")
+    script = "return [...document.querySelectorAll(arguments[0])].map(row => [...row.cells].map(c => c.textContent))"
+    cells = browser.execute_script(script, "[data-part=layers] tr")
+    expected = [
+        [task, f"{at}", *[f"{0.8 if at == 1 else 0.7 + 0.1 * (i % 2):.2f}"] * 3]
+        for i, task in enumerate(TASKS)
+        for at in (1, 2)
+    ]
+    assert cells == [["task", "layer", *NAMES], *expected]
+
+
+def test_a_method_that_has_one_layer_is_shown_at_it() -> None:
+    """Layers of seeds that tried different ones are put together; a layer that a method did not try has no value."""
+    from tv_lens.views.layers import LayerAccuracies
+
+    first, second = make_comparison({"a": ""}, {"extract": {}, "learn": {}}).experiments
+    sweeps = iter((sweep_of({1: 4, 3: 6}), sweep_of({3: 5}), sweep_of({1: 6, 3: 8}), sweep_of({2: 9})))
+    changed = [
+        replace(each, results=tuple(replace(result, sweep=next(sweeps)) for result in each.results))
+        for each in (first, second)
+    ]
+    table = LayerAccuracies(tuple(changed)).table()
+    assert table.rows == [("a", 1, [0.5, None]), ("a", 2, [None, 0.9]), ("a", 3, [0.7, 0.5])]
+    single = [
+        replace(each, results=tuple(replace(r, sweep=sweep_of({2: 1})) for r in each.results)) for each in changed
+    ]
+    assert LayerAccuracies(tuple(single)).table().rows == []  # nothing to compare
+
+
+def sweep_of(right: dict[int, int]) -> tv.Sweep:
+    """The first so many of ten answers are correct at each layer."""
+    return tv.Sweep(tuple(right), tuple(map(score_of, right.values())), 4)
+
+
+def test_a_figure_is_cut_between_tasks_in_print(browser: Any, tmp_path: Path) -> None:
+    """Each task is on one printed page, each page fits A4 in landscape and has the legend, and afterward all is as it
+    was.
+    """
+    tasks = {f"t{i:02}": "few" if i < 3 else "many" for i in range(18)}
+    long = make_comparison(tasks, {"extract": {}, "learn": {}}, seeds=(0,), n=2, controls=(), measured=False)
+    long.report(tmp_path / "long.html")
+    browser.get((tmp_path / "long.html").as_uri())
+    browser.find_element("css selector", "[data-figure=layers] .gtitle")  # the last that is drawn
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    pages = browser.execute_script("""
+      const pages = [...document.querySelectorAll(".page")];
+      return pages.filter(page => page.layout.title.text === "Accuracy by task and method").map(page => ({
+        height: page.layout.height,
+        tasks: Object.keys(page.layout).filter(name => name.startsWith("yaxis")).flatMap(name => {
+          const [end, start] = page.layout[name].range;
+          return page.layout[name].ticktext.filter((_, i) => start < i && i < end);
+        }),
+        legend: [...page.querySelectorAll(".legendtext")].map(each => each.textContent),
+      }))""")
+    assert len(pages) > 1
+    assert [task for each in pages for task in each["tasks"]] == list(tasks)
+    assert all(each["height"] <= 680 for each in pages)
+    assert all({"zero-shot", "extract", "learn"} <= set(each["legend"]) for each in pages)
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    browser.implicitly_wait(0)
+    assert browser.find_elements("css selector", ".page, .cut") == []
+    browser.implicitly_wait(20)
+    assert browser.get_log("browser") == []
+
+
+def test_large_pages_are_small(tmp_path: Path) -> None:
+    """A comparison of 108 rows, and an experiment of 36 with their answers."""
+    methods: dict[str, dict[str, Any]] = {
+        name: {} for name in ("extract", "mean_state", "function_vector", "learn", "linear_vector", "states")
+    }
+    tasks = {f"a task number {i}": "a kind" for i in range(18)}
+    make_comparison(tasks, methods, seeds=(0, 1)).report(tmp_path / "comparison.html")
+    few = dict(list(tasks.items())[:6])
+    make_comparison(few, methods, seeds=(0,), n=25).experiments[0].report(tmp_path / "experiment.html")
+    for name in ("comparison", "experiment"):
+        assert (tmp_path / f"{name}.html").stat().st_size < 1_900_000, name
 
 
 def test_the_page_needs_no_other_file(page: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from itertools import pairwise
 
 import plotly.graph_objects as go
 import pytest
@@ -185,3 +186,67 @@ except ImportError as error:
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 'pip install "tv_lens[plots]"' in run.stdout
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's ratio, of 1 to 21."""
+    low, high = sorted((brightness(one), brightness(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def on_scale(scale: tuple[tuple[float, str], ...], share: float) -> str:
+    """The color between two of a scale, as Plotly draws it: each channel is linear between them."""
+    below, above = next((x, y) for x, y in pairwise(scale) if x[0] <= share <= y[0])
+    part = (share - below[0]) / (above[0] - below[0])
+    channels = [(int(below[1][i : i + 2], 16), int(above[1][i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(low + part * (high - low)):02X}" for low, high in channels)
+
+
+@pytest.mark.parametrize("name", ["similarities", "heads"])
+def test_the_text_of_a_heat_map_is_readable_on_every_color(name: str) -> None:
+    [cells] = FIGURES[name]().data
+    shades = [on_scale(cells.colorscale, i / 500) for i in range(501)]
+    assert len(set(shades)) > 100
+    assert min(contrast(cells.textfont.color, shade) for shade in shades) >= 4.5
+
+
+def test_more_is_darker_in_a_heat_map() -> None:
+    """Brightness alone shows the order of similarities."""
+    shades = [brightness(on_scale(ALIKE.plot().data[0].colorscale, i / 20)) for i in range(21)]
+    assert shades == sorted(shades, reverse=True)
+
+
+def test_the_text_of_tokens_is_readable() -> None:
+    from tv_lens.views.plots import _ROLE_COLORS
+
+    for shade in _ROLE_COLORS.values():
+        assert min(contrast(text, shade) for text in ("#1A1A1A", "#595959")) >= 4.5
+
+
+def test_methods_have_colors_that_show_on_white_and_on_dark_paper() -> None:
+    from tv_lens.views.drawing import IN_THE_DARK, METHOD_COLORS
+
+    for color in METHOD_COLORS:
+        assert contrast(color, "#FFFFFF") >= 3
+        assert contrast(IN_THE_DARK.get(color, color), IN_THE_DARK["#FFFFFF"]) >= 3
+    for text in ("#1A1A1A", "rgb(36,36,36)", "#595959"):  # the figure's text, its template's and gray lines
+        assert contrast(IN_THE_DARK[text], IN_THE_DARK["#FFFFFF"]) >= 4.5
+
+
+def test_several_methods_have_bars_next_to_each_other() -> None:
+    """Each task has one bar for zero-shot and for few-shot, one for each method, and its controls on that bar."""
+    experiment = COMPARISON.experiments[0]
+    figure = experiment.plot()
+    tasks = (SHOWN, "b")
+    bars = {each.name: each for each in figure.data if each.type == "bar"}
+    assert list(bars) == ["zero-shot", "few-shot", "extract", SHOWN, "mean_state"]
+    assert all(bar.y == tasks for bar in bars.values())
+    assert len({bar.offsetgroup for bar in bars.values()}) == 5
+    for method, shown in (("extract", "extract"), (EVIL, SHOWN), ("mean_state", "mean_state")):
+        results = [result for result in experiment.results if result.method == method]
+        assert bars[shown].x == tuple(sum(each.evaluation.patched.correct) / 10 for each in results)
+        [marks] = [each for each in figure.data if each.name == "control: random" and each.offsetgroup == shown]
+        assert marks.x == tuple(sum(each.evaluation.controls["random"].correct) / 10 for each in results)
+    looks = {(bar.marker.color, bar.marker.pattern.shape) for bar in bars.values()}
+    assert len(looks) == 5
+    assert [each.name for each in figure.data if each.showlegend is not False].count("control: random") == 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html import unescape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,76 @@ def test_every_figure_has_words_and_a_table(browser: Any, page: Path, experiment
 
 def test_the_page_is_small(page: Path) -> None:
     assert page.stat().st_size < 2_000_000
+
+
+TEXTS = {
+    "nothing": "",
+    "one": "a",
+    "repeated": "ab" * 3000 + "c" * 700,
+    "numbers": " ".join(str(i * i % 9973) for i in range(4000)),
+    "characters of many bytes": "".join(map(chr, range(32, 9000))),
+    "script": "</script><!--<script>",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_page_reads_what_is_packed(browser: Any, page: Path, name: str) -> None:
+    from tv_lens.views.pages import pack
+
+    packed = pack(TEXTS[name])
+    assert "<" not in packed
+    browser.get(page.as_uri())
+    assert browser.execute_script("return unpacked(arguments[0])", packed) == TEXTS[name]
+
+
+def test_the_page_is_made_for_screen_readers_and_keyboards(browser: Any, page: Path) -> None:
+    """All is in one `main`, headings leave out no level, ids are unique, and no button is inside a picture. What
+    scrolls can be reached and has a name.
+    """
+    browser.get(page.as_uri())
+    browser.find_element("css selector", "#task-1 h3")
+    browser.find_element("css selector", "[data-figure=overview] .gtitle")
+    levels, outside, ids, nameless, inside = browser.execute_script("""
+      const all = (what) => [...document.querySelectorAll(what)];
+      return [
+        all("h1, h2, h3, h4").map(each => Number(each.tagName[1])),
+        [...document.body.children].filter(each => !each.matches("main, script, svg")).length,
+        all("main [id]:not(svg *)").map(each => each.id),
+        all(".wide").filter(each => each.tabIndex !== 0 || !each.matches("[aria-label], [aria-labelledby]")).length,
+        all("[role=img] :is(a, button, [tabindex])").length,
+      ]""")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert len(ids) == len(set(ids))
+    assert (outside, nameless, inside) == (0, 0, 0)
+    assert texts(browser, "[data-figure=overview] + .buttons button") == ["Save as PNG", "Reset zoom"]
+
+
+def test_the_colors_of_the_page_are_readable() -> None:
+    """Text has a contrast of at least 4.5 to the paper and to the shade of every second row, and the edge of a button
+    one of 3, in the light, in the dark and in print.
+    """
+    style = (Path(tv.__file__).parent / "views" / "page.html").read_text(encoding="utf-8")
+    palettes = [dict(re.findall(r"--(\w+): (#\w+);", each)) for each in re.findall(r":root {(.*?)}", style)]
+    assert len(palettes) == 3
+    light, dark, printed = palettes
+    for palette in (light, dark, light | printed):
+        for paper in ("paper", "shade"):
+            for text in ("ink", "soft", "link", "right", "wrong"):
+                assert contrast(palette[text], palette[paper]) >= 4.5, (text, paper, palette)
+            assert contrast(palette["edge"], palette[paper]) >= 3
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's ratio of two colors, #abc or #aabbcc."""
+    values = []
+    for color in (one, other):
+        digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        values.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(values) + 0.05) / (min(values) + 0.05)
 
 
 SETTINGS = {

@@ -357,13 +357,14 @@ def test_functions_have_names_and_what_hides_its_state_has_none() -> None:
 
 
 @pytest.mark.slow
-def test_a_rules_name_is_the_same_in_every_process() -> None:
+def test_a_rules_name_is_the_same_in_every_process(tmp_path: Path) -> None:
     """Also if it holds a set, whose order depends on the hashing of the process."""
-    code = "import test_tasks; from tv_lens import Rule; print(Rule.of(test_tasks.named_rule).name)"
+    (tmp_path / "rules_of_mine.py").write_text(inspect.getsource(named_rule))
+    code = "import rules_of_mine; from tv_lens.tasks.rules import Rule; print(Rule.of(rules_of_mine.named_rule).name)"
     names = {
         subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent)},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
             capture_output=True,
             text=True,
             check=True,

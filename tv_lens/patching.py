@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import index
+from textwrap import shorten
 from types import NoneType
 from typing import NamedTuple, TypeAlias
 
@@ -121,9 +122,10 @@ def _warn_of_differences(engine: Engine, prompts: Sequence[Prompt], vectors: Tas
     others = {prompt.template for prompt in prompts if not isinstance(prompt.template, (PlainText, FreeText))}
     others.discard(vectors.template)
     if others and not isinstance(vectors.template, (PlainText, FreeText, NoneType)):
+        own, other = (shorten(repr(each), 120, placeholder=" ...") for each in (vectors.template, next(iter(others))))
         warn(
-            f"these vectors are from prompts of {vectors.template!r} and are written into {next(iter(others))!r}; a "
-            "vector may do less in another template"
+            f"these vectors are from prompts of {own} and are written into {other}; a vector may do less in "
+            "another template"
         )
     if None not in (vectors.prepend_bos, engine.info.prepend_bos) and vectors.prepend_bos != engine.info.prepend_bos:
         prepended = {True: "with", False: "without"}

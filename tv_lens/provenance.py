@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, TypeAlias
 
+import torch
+
 from tv_lens.prompts import PromptFormat
 
 # Options of a method, as they are written into files.
@@ -14,8 +16,9 @@ Option: TypeAlias = bool | int | float | str | list[Any] | None
 
 
 def versions() -> dict[str, str]:
-    """The versions of what computes, for provenance."""
-    return {name: version(name) for name in ("tv-lens", "transformer-lens", "transformers", "torch")}
+    """The versions of what computes, for provenance. That of torch includes its build, such as +cu132."""
+    numbers = {name: version(name) for name in ("tv-lens", "transformer-lens", "transformers")}
+    return {**numbers, "torch": str(torch.__version__)}
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class ModelState:
     `depth` counts the sessions that are open; only the outermost sets things up and puts them back.
     """
 
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: Any = field(default_factory=threading.RLock)  # before Python 3.13, RLock is a function and not a type
     depth: int = 0
     max_rows: int | None = None
     padded_up_to: float | None = None
@@ -79,24 +79,24 @@ def tokenizer_unchanged(tokenizer: Any, state: ModelState) -> Iterator[None]:
                 yield
             return
         padding, truncation = backend.padding, backend.truncation
-
-        def put_back() -> None:
-            if padding is None:
-                backend.no_padding()
-            else:
-                backend.enable_padding(**padding)
-            if truncation is None:
-                backend.no_truncation()
-            else:
-                backend.enable_truncation(**truncation)
-
         try:
             with _default_device_ignored():
                 yield
         finally:
-            finish(put_back)
+            finish(partial(_restore_tokenizer, backend, padding, truncation))
     finally:
         state.lock.release()
+
+
+def _restore_tokenizer(backend: Any, padding: dict[str, Any] | None, truncation: dict[str, Any] | None) -> None:
+    if padding is None:
+        backend.no_padding()
+    else:
+        backend.enable_padding(**padding)
+    if truncation is None:
+        backend.no_truncation()
+    else:
+        backend.enable_truncation(**truncation)
 
 
 @contextmanager
@@ -141,12 +141,6 @@ def computing(device: torch.device, parameters: Iterable[nn.Parameter], grad: bo
     """
     was_enabled = torch.is_grad_enabled()
     frozen = [parameter for parameter in parameters if parameter.requires_grad] if grad else []
-
-    def put_back() -> None:
-        torch.set_grad_enabled(was_enabled)
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-
     try:
         torch.set_grad_enabled(grad)
         for parameter in frozen:
@@ -154,7 +148,13 @@ def computing(device: torch.device, parameters: Iterable[nn.Parameter], grad: bo
         with torch.autocast(device.type, enabled=False), _default_device_ignored():
             yield
     finally:
-        finish(put_back)
+        finish(partial(_restore_gradients, was_enabled, frozen))
+
+
+def _restore_gradients(was_enabled: bool, frozen: Sequence[nn.Parameter]) -> None:
+    torch.set_grad_enabled(was_enabled)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -188,26 +188,27 @@ def has_output_hooks(component: nn.Module) -> bool:
 @contextmanager
 def output_hooks(hooks: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor | None]]]) -> Iterator[None]:
     """Torch forward hooks on modules, after those that are there already; they get the first output."""
-
-    def wrapped(function: Callable[[Tensor], Tensor | None], module: nn.Module, args: Any, output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
-        changed = function(first)
-        if changed is None:
-            return None
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
     handles: list[Any] = []
-
-    def put_back() -> None:
-        for handle in handles:
-            handle.remove()
-
     try:
         for module, function in hooks:
-            handles.append(module.register_forward_hook(partial(wrapped, function)))
+            handles.append(module.register_forward_hook(partial(_first_changed, function)))
         yield
     finally:
-        finish(put_back)
+        finish(partial(remove_hooks, handles))
+
+
+def _first_changed(function: Callable[[Tensor], Tensor | None], module: nn.Module, args: Any, output: Any) -> Any:
+    first = output[0] if isinstance(output, tuple) else output
+    changed = function(first)
+    if changed is None:
+        return None
+    return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def remove_hooks(handles: Sequence[Any]) -> None:
+    """Remove hooks from their modules."""
+    for handle in handles:
+        handle.remove()
 
 
 def user_hooks(bridge: TransformerBridge) -> list[tuple[str, Callable[..., Any]]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -88,37 +89,38 @@ def writer(edits: Sequence[Edit], width: int, d_head: int) -> Callable[[Tensor],
 
     `width` is the number of positions that are run.
     """
-    steps = _steps(edits, width)
+    return partial(_written, _steps(edits, width), d_head)
 
-    def write(activation: Tensor) -> Tensor:
-        # The model's own tensor may be read elsewhere.
-        written = activation.reshape(*activation.shape[:2], -1).clone()
-        for step in steps:
-            _check_width(step, written, d_head)
-            step.apply(written, d_head)
-        return written.reshape(activation.shape)
 
-    return write
+def _written(steps: Sequence[_Step], d_head: int, activation: Tensor) -> Tensor:
+    # The model's own tensor may be read elsewhere.
+    written = activation.reshape(*activation.shape[:2], -1).clone()
+    for step in steps:
+        _check_width(step, written, d_head)
+        step.apply(written, d_head)
+    return written.reshape(activation.shape)
 
 
 def reader(
     weights: Float[Tensor, "batch *sum window"] | None, grad: bool
 ) -> Callable[[Tensor], Float[Tensor, "batch *sum width"]]:
     """A function that returns the last position of an activation, or weighted sums of the last ones, as float32."""
+    return partial(_read, weights, grad)
 
-    def read(activation: Tensor) -> Float[Tensor, "batch *sum width"]:
-        flat = activation.reshape(*activation.shape[:2], -1)
-        if weights is None:
-            last = flat[:, -1].float()
-            # Without a copy the whole activation would stay in memory.
-            return last if grad else last.clone()
-        window = flat[:, -weights.shape[-1] :].float()
-        counted = weights.to(window)
-        is_read = reduce(counted != 0, "batch ... window -> batch window", "any")
-        window = window.masked_fill(~is_read[..., None], 0)  # what a pad holds may be NaN
-        return einsum(counted, window, "batch ... window, batch window width -> batch ... width")
 
-    return read
+def _read(
+    weights: Float[Tensor, "batch *sum window"] | None, grad: bool, activation: Tensor
+) -> Float[Tensor, "batch *sum width"]:
+    flat = activation.reshape(*activation.shape[:2], -1)
+    if weights is None:
+        last = flat[:, -1].float()
+        # Without a copy the whole activation would stay in memory.
+        return last if grad else last.clone()
+    window = flat[:, -weights.shape[-1] :].float()
+    counted = weights.to(window)
+    is_read = reduce(counted != 0, "batch ... window -> batch window", "any")
+    window = window.masked_fill(~is_read[..., None], 0)  # what a pad holds may be NaN
+    return einsum(counted, window, "batch ... window, batch window width -> batch ... width")
 
 
 def weighted(

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -294,7 +294,9 @@ class LocalEngine(Engine):
             with self._computing(grad), output_hooks([(components[p], f) for p, f in hooks if p in components]):
                 output, past = self.bridge.run_with_hooks(
                     self._put(tokens.ids),
-                    fwd_hooks=[(str(point.name), _as_lens_hook(f)) for point, f in hooks if point not in components],
+                    fwd_hooks=[
+                        (str(point.name), partial(_lens_hook, f)) for point, f in hooks if point not in components
+                    ],
                     return_type="logits_and_cache",
                     attention_mask=self._put(tokens.mask),
                     past_key_values=past,
@@ -327,28 +329,17 @@ class LocalEngine(Engine):
         for edit in edits:
             by_point.setdefault(self._point(edit.site, edit.layer), []).append(edit)
 
-        def counted(point: HookPoint, write: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-            def hook(activation: Tensor) -> Tensor:
-                fired.append(point)
-                return write(activation)
-
-            return hook
-
-        return [(point, counted(point, writer(some, width, self.info.d_head))) for point, some in by_point.items()]
+        return [
+            (point, partial(_write_and_note, fired, point, writer(some, width, self.info.d_head)))
+            for point, some in by_point.items()
+        ]
 
     def _read_hooks(
         self, reads: dict[Site, dict[int, Tensor]], weights: Float[Tensor, "batch *sum window"] | None, grad: bool
     ) -> list[tuple[HookPoint, Callable[[Tensor], Tensor | None]]]:
         read = reader(weights, grad)
-
-        def hook_into(by_layer: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
-            def hook(activation: Tensor) -> None:
-                by_layer[layer] = read(activation)
-
-            return hook
-
         return [
-            (self._point(site, layer), hook_into(by_layer, layer))
+            (self._point(site, layer), partial(_read_into, by_layer, layer, read))
             for site, by_layer in reads.items()
             for layer in self.layers_of(site)
         ]
@@ -417,8 +408,17 @@ def _last_logits(
     return output[:, -1].float() if logits is True else output[:, -logits:].float()
 
 
-def _as_lens_hook(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Tensor | None]:
-    def hook(activation: Tensor, hook: Any) -> Tensor | None:
-        return function(activation)
+def _lens_hook(function: Callable[[Tensor], Tensor | None], activation: Tensor, hook: Any) -> Tensor | None:
+    """`function` as TransformerLens calls it."""
+    return function(activation)
 
-    return hook
+
+def _write_and_note(
+    fired: list[HookPoint], point: HookPoint, write: Callable[[Tensor], Tensor], activation: Tensor
+) -> Tensor:
+    fired.append(point)
+    return write(activation)
+
+
+def _read_into(by_layer: dict[int, Tensor], layer: int, read: Callable[[Tensor], Tensor], activation: Tensor) -> None:
+    by_layer[layer] = read(activation)

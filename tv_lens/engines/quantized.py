@@ -7,15 +7,16 @@ with what its weight would be multiplied with.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from tv_lens.engines.drivers import finish, inner_tensors
+from tv_lens.engines.drivers import finish, inner_tensors, remove_hooks
 
 _STORAGE = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32})
 
@@ -30,12 +31,12 @@ def is_packed(tensor: Tensor) -> bool:
 
 def packed_modules(bridge: TransformerBridge) -> dict[str, nn.Module]:
     """The modules with quantized weights, by name."""
+    return {name: module for name, module in bridge.original_model.named_modules() if _has_packed_weights(module)}
 
-    def is_quantized(module: nn.Module) -> bool:
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        return any(map(is_packed, own))
 
-    return {name: module for name, module in bridge.original_model.named_modules() if is_quantized(module)}
+def _has_packed_weights(module: nn.Module) -> bool:
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(map(is_packed, own))
 
 
 def compute_dtype(bridge: TransformerBridge) -> torch.dtype:
@@ -76,30 +77,23 @@ def noting_lost_gradients(modules: Mapping[str, nn.Module], checked: set[str]) -
     """
     lost: list[str] = []
     handles: list[Any] = []
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            given = [each for each in args if isinstance(each, Tensor) and each.requires_grad]
-            if name in checked or not given or not isinstance(output, Tensor):
-                return
-            if _passes_gradients(given[0], output):
-                checked.add(name)
-            else:
-                lost.append(f"{name} ({type(module).__name__})")
-
-        return hook
-
-    def put_back() -> None:
-        for handle in handles:
-            handle.remove()
-
     try:
         for name in modules.keys() - checked:
             # One by one, so that Ctrl-C leaves none that is not known.
-            handles.append(modules[name].register_forward_hook(note(name)))  # noqa: PERF401
+            handles.append(modules[name].register_forward_hook(partial(_note, name, checked, lost)))  # noqa: PERF401
         yield lost
     finally:
-        finish(put_back)
+        finish(partial(remove_hooks, handles))
+
+
+def _note(name: str, checked: set[str], lost: list[str], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    given = [each for each in args if isinstance(each, Tensor) and each.requires_grad]
+    if name in checked or not given or not isinstance(output, Tensor):
+        return
+    if _passes_gradients(given[0], output):
+        checked.add(name)
+    else:
+        lost.append(f"{name} ({type(module).__name__})")
 
 
 def _passes_gradients(given: Tensor, output: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tv_lens.evidence.comparisons import Comparison
 from tv_lens.views.comparison_tables import is_known
-from tv_lens.views.drawing import COLORS, GRAY, SYMBOLS, accuracy_axis, go, make_subplots, plain, style
+from tv_lens.views.drawing import GRAY, accuracy_axis, go, make_subplots, method_looks, plain, style
 
 # Heights in pixels: a method's line in a task's row, the least height of a row, and what is between rows, between
 # panels, above the first panel and below the last.
@@ -35,9 +35,7 @@ def plot_comparison(comparison: Comparison) -> go.Figure:
         vertical_spacing=_BETWEEN_PANELS / (sum(heights) + between) if len(panels) > 1 else 0,
     )
     _set_layout(figure, comparison, sum(heights) + between)
-    looks = {
-        method: (COLORS[i % len(COLORS)], SYMBOLS[i % len(SYMBOLS)]) for i, method in enumerate(comparison.methods)
-    }
+    looks = method_looks(comparison.methods)
     for i, (category, tasks) in enumerate(panels.items(), start=1):
         chosen = [row for row in rows if row["task"] in tasks]
         _draw_panel(figure, i, category, tasks)

@@ -8,7 +8,8 @@ from tv_lens.evidence.comparisons import Comparison
 from tv_lens.evidence.settings import Settings
 from tv_lens.vectors import layers_text
 from tv_lens.views.comparison_tables import by_method_table, conditions_table, estimates_table
-from tv_lens.views.pages import describe_controls, describe_format, write_page
+from tv_lens.views.layers import LayerAccuracies
+from tv_lens.views.pages import describe_controls, describe_format, filled, write_page
 from tv_lens.views.plots import plot
 from tv_lens.views.repeating import own_method, repeat_code
 
@@ -20,10 +21,14 @@ def write_comparison(comparison: Comparison, path: str | Path) -> None:
     Raises:
         OSError: the folder is missing or cannot be written to.
     """
+    layers = LayerAccuracies(comparison.experiments)
+    table = layers.table()
     write_page(
         path,
         "comparison.html",
-        {"overview": plot(comparison)},
+        {"overview": plot(comparison), **({"layers": layers.plot()} if table.rows else {})},
+        parts={"layers": filled("layers_table.html", layers=table)},
+        layers=table,
         settings=comparison.settings,
         seeds=comparison.seeds,
         first=comparison.methods[0],

@@ -22,8 +22,8 @@ class Cell(NamedTuple):
 
     @property
     def sort(self) -> str:
-        """The number as a script reads it."""
-        return "-Infinity" if self.key == -math.inf else repr(self.key)
+        """The number as a script reads it, with six digits."""
+        return "-Infinity" if self.key == -math.inf else f"{self.key:.6g}"
 
 
 class Column(NamedTuple):

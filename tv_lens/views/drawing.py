@@ -23,14 +23,19 @@ except ImportError as error:
 __all__ = [
     "COLORS",
     "GRAY",
+    "IN_THE_DARK",
     "LOOKS",
+    "METHOD_COLORS",
     "PATTERNS",
+    "SEQUENTIAL",
     "SYMBOLS",
+    "TWO_SIDED",
     "accuracy_axis",
     "bars",
     "depth_axis",
     "go",
     "make_subplots",
+    "method_looks",
     "new_figure",
     "plain",
     "style",
@@ -44,6 +49,24 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#00
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down", "pentagon", "hexagram")
 PATTERNS = ("", "/", "x", ".", "-", "+", "|", "\\")
 GRAY = "#595959"
+
+# Of methods: with a contrast of at least 3 to white and to the paper of a dark page, and none of them few-shot's.
+METHOD_COLORS = ("#0072B2", "#D55E00", "#009E73", "#C0609A", "#9A7B00", "#2F94CC", "#000000", "#8C8C8C")
+
+# Of heat maps: black text has a contrast of at least 4.5 to each.
+SEQUENTIAL = ((0.0, "#FFF9E3"), (0.5, "#93C9E0"), (1.0, "#2384C6"))
+TWO_SIDED = ((0.0, "#2384C6"), (0.5, "#FFFFFF"), (1.0, "#D55E00"))
+
+# What a page does to the colors of figures if it is dark.
+IN_THE_DARK: Mapping[str, str] = {
+    **dict.fromkeys(("#1A1A1A", "#000000", "black", "rgb(36,36,36)"), "#E8E8E8"),
+    **dict.fromkeys(("#FFFFFF", "white"), "#171717"),
+    **dict.fromkeys(("#E5E5E5", "rgb(232,232,232)"), "#3A3A3A"),
+    **dict.fromkeys((GRAY, "#8C8C8C"), "#B0B0B0"),
+    "#F4F4F4": "#242424",
+    "#E69F00": "#A87400",
+    "#BFBFBF": "#777777",
+}
 
 # A condition looks the same in all figures.
 LOOKS: Mapping[str, tuple[str, str]] = {
@@ -72,6 +95,13 @@ def style(figure: go.Figure, title: str, subtitle: str = "") -> None:
         width=860,
         height=440,
     )
+
+
+def method_looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Each method's color and symbol, the same in all figures of a page."""
+    return {
+        method: (METHOD_COLORS[i % len(METHOD_COLORS)], SYMBOLS[i % len(SYMBOLS)]) for i, method in enumerate(methods)
+    }
 
 
 def bars(

@@ -8,7 +8,7 @@ import textwrap
 from tv_lens.edits import Head
 from tv_lens.evidence.results import PLAIN, Conditions
 from tv_lens.heads import HeadEffects
-from tv_lens.views.drawing import COLORS, LOOKS, PATTERNS, accuracy_axis, bars, go, new_figure, plain
+from tv_lens.views.drawing import COLORS, LOOKS, PATTERNS, TWO_SIDED, accuracy_axis, bars, go, new_figure, plain
 
 
 def plot_head_effects(effects: HeadEffects, *, mark: int = 10) -> go.Figure:
@@ -30,7 +30,7 @@ def plot_head_effects(effects: HeadEffects, *, mark: int = 10) -> go.Figure:
         z=[[None if math.isnan(value) else value for value in row] for row in means.tolist()],
         zmin=-most,
         zmax=most,
-        colorscale=[[0, COLORS[0]], [0.5, "#FFFFFF"], [1, COLORS[5]]],
+        colorscale=TWO_SIDED,
         text=[[str(ranks[head]) if head in ranks else signs.get(head, "") for head in row] for row in every],
         texttemplate="%{text}",
         textfont={"size": 11, "color": "#000000"},

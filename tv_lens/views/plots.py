@@ -7,6 +7,7 @@ figure, their depth (the fraction of the model's blocks that have been run) at t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -25,11 +26,13 @@ from tv_lens.views.drawing import (
     GRAY,
     LOOKS,
     PATTERNS,
+    SEQUENTIAL,
     SYMBOLS,
     accuracy_axis,
     bars,
     depth_axis,
     go,
+    method_looks,
     new_figure,
     plain,
 )
@@ -130,45 +133,69 @@ def plot_evaluation(evaluation: Evaluation) -> go.Figure:
 @plot.register
 def plot_experiment(experiment: Experiment) -> go.Figure:
     """For each task bars for zero-shot, few-shot and patched accuracy with their exact 95% intervals, and a symbol for
-    each control on the patched bar.
+    each control on the patched bar. Several methods have a patched bar each, next to each other.
     """
     results = experiment.results
-    several = len({result.method for result in results}) > 1
-    labels = {id(result): plain(f"{result.task}, {result.method}" if several else result.task) for result in results}
-    tasks = list(labels.values())
-    figure = new_figure(f"Accuracy by task, {experiment.settings['model']}, {experiment.settings['scoring']}")
-    for name, (color, pattern) in LOOKS.items():
-        scores = [result.evaluation.conditions[name] for result in results]
-        figure.add_bar(**bars(tasks, scores, name, color, pattern, horizontal=True))
+    methods = list(dict.fromkeys(result.method for result in results))
+    tasks = list({result.task: result for result in results}.values())
+    figure = new_figure("Accuracy by task", f"{experiment.settings['model']}, {experiment.settings['scoring']}")
+    for name in ("zero-shot", "few-shot"):
+        _add_bars(figure, tasks, name, name, LOOKS[name])
+    looks = method_looks(methods)
+    for i, method in enumerate(methods):
+        chosen = [result for result in results if result.method == method]
+        if len(methods) == 1:
+            _add_bars(figure, chosen, "patched", "patched", LOOKS["patched"])
+        else:
+            _add_bars(figure, chosen, "patched", method, (looks[method][0], _METHOD_PATTERNS[i % 7]))
     controls = dict.fromkeys(name for result in results for name in result.evaluation.controls)
     for i, name in enumerate(controls):
-        having = [result for result in results if name in result.evaluation.controls]
-        figure.add_scatter(
-            y=[labels[id(result)] for result in having],
-            x=[result.evaluation.controls[name].accuracy for result in having],
-            customdata=[str(result.evaluation.controls[name]) for result in having],
-            hovertemplate="%{y}, control " + plain(name) + ": %{customdata}<extra></extra>",
-            mode="markers",
-            orientation="h",
-            offsetgroup="patched",
-            marker={
-                # Empty and of different sizes, so that symbols at the same spot can be distinguished.
-                "symbol": f"{SYMBOLS[1 + i % (len(SYMBOLS) - 1)]}-open",
-                "size": max(15 - 4 * i, 5),
-                "color": "#000000",
-                "line": {"color": "#000000", "width": 1.5},
-            },
-            name=f"control: {plain(name)}",
-        )
+        for method in methods:
+            having = [r for r in results if r.method == method and name in r.evaluation.controls]
+            bar = plain(method) if len(methods) > 1 else "patched"
+            figure.add_scatter(
+                y=[plain(result.task) for result in having],
+                x=[result.evaluation.controls[name].accuracy for result in having],
+                customdata=[str(result.evaluation.controls[name]) for result in having],
+                hovertemplate=f"%{{y}}, {bar}, control {plain(name)}: %{{customdata}}<extra></extra>",
+                mode="markers",
+                orientation="h",
+                offsetgroup=bar,
+                marker={
+                    # Empty and of different sizes, so that symbols at the same spot can be distinguished.
+                    "symbol": f"{SYMBOLS[1 + i % (len(SYMBOLS) - 1)]}-open",
+                    "size": max(15 - 4 * i if len(methods) == 1 else 11 - 3 * i, 5),
+                    "color": "#000000",
+                    "line": {"color": "#000000", "width": 1.5},
+                },
+                name=f"control: {plain(name)}",
+                legendgroup=f"control: {plain(name)}",
+                showlegend=method == methods[0],
+            )
+    per_task = 52 if len(methods) == 1 else 20 + 15 * (2 + len(methods))
     figure.update_layout(
         barmode="group",
         scattermode="group",
-        bargap=0.25,
-        height=170 + 52 * len(tasks),
+        bargap=0.25 if len(methods) == 1 else 0.15,
+        height=180 + per_task * len(tasks),
+        margin_t=80,
+        title={"yref": "container", "y": 1 - 20 / (180 + per_task * len(tasks)), "yanchor": "top"},
+        legend_tracegroupgap=0,
     )
     figure.update_yaxes(automargin=True, title="task", type="category", autorange="reversed")  # the first on top
     accuracy_axis(figure, "x")
     return figure
+
+
+# Without the stripes of few-shot.
+_METHOD_PATTERNS = ("", "x", ".", "-", "+", "|", "\\")
+
+
+def _add_bars(
+    figure: go.Figure, results: Sequence[TaskResult], condition: str, name: str, look: tuple[str, str]
+) -> None:
+    scores = [result.evaluation.conditions[condition] for result in results]
+    figure.add_bar(**bars([plain(result.task) for result in results], scores, name, *look, horizontal=True))
 
 
 @plot.register
@@ -201,8 +228,9 @@ def plot_similarities(similarities: Similarities) -> go.Figure:
         x=names,
         y=names,
         z=values,
-        colorscale="Cividis",
+        colorscale=SEQUENTIAL,
         texttemplate="%{z:.2f}" if len(names) <= 12 else None,
+        textfont={"color": "#000000"},
         hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>",
         colorbar={"title": "mean cosine"},
         xgap=1,

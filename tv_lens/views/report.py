@@ -12,7 +12,8 @@ from tv_lens.evidence.comparisons import Comparison
 from tv_lens.evidence.results import Evaluation, Experiment, Sweep, TaskResult
 from tv_lens.vectors import depth, layers_text
 from tv_lens.views.comparison_page import write_comparison
-from tv_lens.views.pages import describe_controls, describe_format, write_page
+from tv_lens.views.layers import LayerAccuracies
+from tv_lens.views.pages import describe_controls, describe_format, filled, write_page
 from tv_lens.views.plots import plot
 from tv_lens.views.repeating import repeat_code
 
@@ -46,10 +47,21 @@ def write_experiment(experiment: Experiment, path: str | Path) -> None:
     tests = experiment.tests().to_dict("records")
     figures = {f"figure-{i}": plot(result) for i, result in enumerate(experiment.results, start=1)}
     tasks = [_task(experiment, result, test) for result, test in zip(experiment.results, tests, strict=True)]
+    several = len(experiment.settings.methods) > 1
+    layers = LayerAccuracies((experiment,))
+    table = layers.table() if several else layers.table()._replace(rows=[])
+    if table.rows:
+        figures["layers"] = layers.plot()
     write_page(
         path,
         "report.html",
         {"overview": plot(experiment), **figures},
+        parts={
+            "layers": filled("layers_table.html", layers=table),
+            **{f"task-{i}": filled("task.html", task=task) for i, task in enumerate(tasks, start=1)},
+        },
+        layers=table,
+        several=several,
         settings=experiment.settings,
         controls=controls,
         descriptions=describe_controls(controls),
