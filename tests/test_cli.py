@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -594,6 +595,23 @@ def test_tokens_are_top_tokens(capsys: pytest.CaptureFixture[str], tiny: Tiny, p
     assert (code, "layer" in err, err.count("\n")) == (1, True, 1)
     code, _, err = call(capsys, "tokens", "none.safetensors", "--layer", "1", "--demo")
     assert (code, "no such file" in err) == (1, True)
+
+
+def test_a_narrow_terminal_gets_short_lines(
+    capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm")
+    drawn = ["--prompts", "4", "--shots", "2", "--max-new-tokens", "1", "--model", tiny.folder, "--quiet"]
+    for args, wanted in (
+        (["tasks", "--category", "bijection"], "  category  bijection"),
+        (["sweep", pairs, *drawn], "best"),
+    ):
+        code, out, _ = call(capsys, *args)
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", out).splitlines()
+        assert (code, max(map(len, lines)) <= 40) == (0, True), out
+        assert any(wanted in line for line in lines), out
 
 
 def test_heads_are_head_effects(capsys: pytest.CaptureFixture[str], tiny: Tiny, pairs: str, tmp_path: Path) -> None:

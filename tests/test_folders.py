@@ -118,11 +118,18 @@ def test_fewer_tasks_or_methods_are_refused(llama: Twins, tmp_path: Path) -> Non
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for tasks, chosen, message in (
         ([REVERSE], methods, "tasks was .*name those that it has, too"),
-        ([UPPER, REVERSE], methods[:1], "method was extract, mean_state, is extract; .*name those that it has, too"),
+        (
+            [UPPER, REVERSE],
+            methods[:1],
+            r"\(method was extract, mean_state, is extract\);.*name those that it has, too",
+        ),
         ([UPPER, REVERSE], [tv.Extraction(substitutes=2), methods[1]], "methods was"),
     ):
         with pytest.raises(tv.TvLensError, match=message):
             run(llama.bridge, tasks, chosen, tmp_path)
+        with pytest.raises(tv.TvLensError) as refused:
+            run(llama.bridge, tasks, chosen, tmp_path)
+        assert "data was" not in str(refused.value)  # a task that is missing has no other data
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

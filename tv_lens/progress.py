@@ -1,7 +1,7 @@
 """What is being done, and how far it is: bars on a terminal and in notebooks, plain lines elsewhere.
 
 `stage` says what is done inside it; a bar shows the stages around it. Two bars are shown at most: one of a whole run,
-and one of the rows or steps inside. Nothing is shown of what is over in a second.
+and one of the rows or steps inside. Nothing is shown of what is over in half a second.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tqdm import std
 from tqdm.auto import tqdm
 
 # Seconds: before a bar is shown, between two drawings of it on a terminal, and between two plain lines.
-_DELAY = 1.0
+_DELAY = 0.5
 _REDRAWN = 0.5
 _BETWEEN_LINES = 10.0
 

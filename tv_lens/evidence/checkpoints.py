@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from tv_lens.errors import TvLensError
 from tv_lens.evidence.results import Cost, Experiment, TaskResult
@@ -112,16 +113,18 @@ class Checkpoints:
         }
         return Experiment(self.settings, tuple(self.results[key] for key in keys), vectors)
 
-    def _check_settings(self, folder: Path, before: Settings) -> None:
-        """Raise TvLensError unless this run continues the one in the folder."""
-        lacking = [*(set(before.tasks) - set(self.settings.tasks)), *(set(before.methods) - set(self.settings.methods))]
-        now = self.settings if lacking else _part(self.settings, before.tasks, list(before.methods))
-        differences = before.differences(now)
-        if differences:
-            advice = "; tasks and methods may be added: name those that it has, too" if lacking else ""
+    def _check_settings(self, folder: Path, before: Settings, *, lacking: bool = False) -> None:
+        """Raise TvLensError unless this run continues the one in the folder, of whose tasks and methods it may be
+        `lacking` some.
+        """
+        differences = _differences(before, self.settings)
+        may_lack = {"tasks", "method"} if lacking else set()
+        refused = [text for name, text in differences.items() if name not in may_lack]
+        if refused:
+            advice = "; tasks and methods may be added: name those that it has, too"
             raise TvLensError(
-                f"{folder} holds a run with other settings ({'; '.join(differences)}); use another folder for this "
-                f"one{advice}"
+                f"{folder} holds a run with other settings ({'; '.join(refused)}); use another folder for this one"
+                + (advice if {"tasks", "method"} & differences.keys() else "")
             )
 
     def _keep_settings(self, folder: Path) -> None:
@@ -129,9 +132,8 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         before, settings = kept_settings(folder), self.settings
         if before is not None:  # another run may have begun there in the meantime
+            self._check_settings(folder, before, lacking=True)
             settings = _joined(before, self.settings)
-            tasks, methods = _common(before, self.settings)
-            self._check_settings(folder, _part(before, tasks, methods) if tasks and methods else before)
             self._first_method = next(iter(before.methods))
         if settings != before:
             write_whole(folder / "settings.json", to_json(settings, indent=1))
@@ -224,9 +226,18 @@ def _joined(before: Settings, now: Settings) -> Settings:
     )
 
 
-def _common(one: Settings, other: Settings) -> tuple[list[str], list[str]]:
-    """The tasks and methods that both have."""
-    return [task for task in one.tasks if task in other.tasks], [name for name in one.methods if name in other.methods]
+def _differences(before: Settings, now: Settings) -> dict[str, str]:
+    """What differs, by setting, but for the tasks and methods that `now` adds."""
+    shared: dict[str, Any] = {
+        name: {key: now[name].get(key, value) for key, value in before[name].items()}
+        for name in ("data", "rules", "methods")
+    }
+    if set(before.tasks) <= set(now.tasks):
+        shared["tasks"] = before.tasks
+    if set(before.methods) <= set(now.methods):
+        shared["method"] = before.method
+    values = {name: (before[name], shared.get(name, now[name])) for name in before}
+    return {name: f"{name} was {one}, is {other}" for name, (one, other) in values.items() if one != other}
 
 
 def _file_name(name: str) -> str:
