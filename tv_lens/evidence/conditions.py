@@ -82,7 +82,7 @@ def other_template(template: PromptFormat, name: str = "another template") -> Co
         >>> other_template(tv.Template("Q: {input}\\nA: {output}")).name
         'another template'
     """
-    return Condition(name, _QueriesIn(template), about=str(template.to_dict()))
+    return Condition(name, _QueriesIn(template), about=repr(template))
 
 
 def free_text(text: str, name: str = "free text") -> Condition:
