@@ -117,11 +117,11 @@ def test_fewer_tasks_or_methods_are_refused(llama: Twins, tmp_path: Path) -> Non
     run(llama.bridge, [UPPER], methods, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for tasks, chosen, message in (
-        ([REVERSE], methods, "tasks was .*name those that it has, too"),
+        ([REVERSE], methods, "tasks was .*name the existing ones as well"),
         (
             [UPPER, REVERSE],
             methods[:1],
-            r"\(method was extract, mean_state, is extract\);.*name those that it has, too",
+            r"\(method was extract, mean_state, is extract\);.*name the existing ones as well",
         ),
         ([UPPER, REVERSE], [tv.Extraction(substitutes=2), methods[1]], "methods was"),
     ):

@@ -75,7 +75,7 @@ def _no_trace() -> Iterator[None]:
     threads = set(threading.enumerate())
     yield
     assert progress._stages.get() == ()
-    assert progress._inner.get() is progress._whole.get() is None
+    assert progress._inner.get() is progress._run_bar.get() is None
     assert not [each for each in set(threading.enumerate()) - threads if each.name == "tv_lens progress"]
     bars: Any = std.tqdm
     assert not list(bars._instances)

@@ -17,6 +17,7 @@ from typing import Any
 import platformdirs
 import torch
 import transformers
+from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from tv_lens.errors import MissingExtraError, TvLensError
@@ -164,4 +165,5 @@ def _sha256(path: Path) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"tv_lens: {text}", file=sys.stderr, flush=True)
+    with tqdm.external_write_mode(file=sys.stderr):  # above the bars, if there are any
+        print(f"tv_lens: {text}", file=sys.stderr, flush=True)

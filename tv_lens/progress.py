@@ -1,7 +1,7 @@
 """What is being done, and how far it is: bars on a terminal and in notebooks, plain lines elsewhere.
 
 `stage` says what is done inside it; a bar shows the stages around it. Two bars are shown at most: one of a whole run,
-and one of the rows or steps inside. Nothing is shown of what is over in half a second.
+and one of the rows or steps inside. What is over in half a second shows nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,10 +29,10 @@ _NARROW = 60
 
 @dataclass(eq=False)
 class Bar:
-    """A count of what is done. `drawn` is its bar; without one it prints plain lines if `prints`, or else nothing.
+    """Counts finished work. `drawn` is the bar of tqdm; without one, plain lines are printed if `prints_lines`.
 
-    `outer` is the bar of the whole run around it, and `known` counts what was done before. So many as `begun` are in
-    work, and this `share` of that is done.
+    `outer` is the bar of the whole run. So many as `done_before` were done before this run. `begun` are being worked
+    on, and this `share` of them is done.
     """
 
     total: int | None = None
@@ -40,9 +40,9 @@ class Bar:
     words: tuple[str, ...] = ()
     outer: Bar | None = None
     drawn: Any = None
-    prints: bool = False
+    prints_lines: bool = False
     done: int = 0
-    known: int = 0
+    done_before: int = 0
     begun: int = 0
     share: float = 0.0
     since: float = field(default_factory=lambda: time.monotonic())
@@ -64,7 +64,7 @@ class Bar:
 
     def skip(self, n: int = 1) -> None:
         """Count `n` that were done before, which says nothing about the time that the others take."""
-        self.known += n
+        self.done_before += n
         if self.drawn is not None:
             self.drawn.initial += n
             self.drawn.n += n
@@ -85,13 +85,13 @@ class Bar:
     def _show(self) -> None:
         if self.drawn is not None:
             self.drawn.update(self.count - self.drawn.n)
-        elif self.prints:
+        elif self.prints_lines:
             _print_if_due(self)
 
     @property
     def count(self) -> int:
         """How many are done, with the share of those in work."""
-        return self.known + self.done + int(self.share * self.begun)
+        return self.done_before + self.done + int(self.share * self.begun)
 
     @property
     def line(self) -> str:
@@ -100,16 +100,16 @@ class Bar:
         if self.total is None:
             return words
         count = f"{words}{': ' if words else ''}{self.count} of {self.total} {self.unit}"
-        if self.count == self.known:
+        if self.count == self.done_before:
             return count
-        seconds = (self.total - self.count) * (time.monotonic() - self.since) / (self.count - self.known)
+        seconds = (self.total - self.count) * (time.monotonic() - self.since) / (self.count - self.done_before)
         return f"{count}, {std.tqdm.format_interval(seconds)} left"
 
 
 # What is done now, the innermost bar that is shown, and the bar of the whole run.
 _stages: ContextVar[tuple[str, ...]] = ContextVar("tv_lens_stages", default=())
 _inner: ContextVar[Bar | None] = ContextVar("tv_lens_bar", default=None)
-_whole: ContextVar[Bar | None] = ContextVar("tv_lens_whole_bar", default=None)
+_run_bar: ContextVar[Bar | None] = ContextVar("tv_lens_whole_bar", default=None)
 
 
 @contextmanager
@@ -131,43 +131,50 @@ def estimate(share: float) -> None:
 
 @contextmanager
 def bar(total: int | None, unit: str = "rows", *, shown: bool = True) -> Iterator[Bar]:
-    """A bar with the stages around it. Inside of another one nothing is shown, but for the bar of a whole run."""
+    """A bar labeled with the current stages. Inside another bar it shows nothing, unless that is of a whole run."""
     if not shown or _inner.get() is not None:
         yield Bar()
         return
-    with _shown(Bar(total, unit, _stages.get(), _whole.get()), _inner) as made:
+    with _shown(Bar(total, unit, _stages.get(), _run_bar.get()), _inner) as made:
         yield made
 
 
 @contextmanager
 def whole_bar(total: int, unit: str, *, shown: bool = True) -> Iterator[Bar]:
-    """The bar of a whole run, inside of which the bar of what is done now is shown."""
-    if not shown or _whole.get() is not None or _inner.get() is not None:
+    """The bar of a whole run. The bars of its steps are shown below it."""
+    if not shown or _run_bar.get() is not None or _inner.get() is not None:
         yield Bar()
         return
-    with _shown(Bar(total, unit), _whole) as made:
+    with _shown(Bar(total, unit), _run_bar) as made:
         yield made
 
 
 @contextmanager
 def _shown(made: Bar, variable: ContextVar[Bar | None]) -> Iterator[Bar]:
     """Show the bar, as what it is on this output, until the end."""
-    token = variable.set(made)
+    token = None
     try:
+        token = variable.set(made)
         if _in_notebook():
-            made.drawn = tqdm(**_options(made))
+            made.drawn = _unless_disabled(tqdm(**_options(made)))
             yield made
         elif sys.stderr.isatty():
-            made.drawn = _TerminalBar(**_options(made), dynamic_ncols=True)
-            with _redrawn(made.drawn):
+            made.drawn = _unless_disabled(_TerminalBar(**_options(made), dynamic_ncols=True))
+            with nullcontext() if made.drawn is None else _redrawn(made.drawn):
                 yield made
         else:
-            made.prints = True
+            made.prints_lines = True
             yield made
     finally:
-        variable.reset(token)
+        if token is not None:
+            variable.reset(token)
         if made.drawn is not None:
             made.drawn.close()
+
+
+def _unless_disabled(drawn: Any) -> Any:
+    """The bar; None if the user has turned tqdm off by `TQDM_DISABLE`."""
+    return None if drawn.disable else drawn
 
 
 def _options(made: Bar) -> dict[str, Any]:
@@ -192,6 +199,12 @@ def _redraw(drawn: Any) -> None:
 
 class _TerminalBar(std.tqdm):  # type: ignore[type-arg]
     """A line that fits the window: in a narrow one without a bar."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+        """Draw the bar. A warning draws it early, and what has been drawn is to be removed at the end."""
+        if msg != "":
+            self.delay = 0
+        return super().display(msg, pos)
 
     def __str__(self) -> str:
         values: dict[str, Any] = {**self.format_dict}
@@ -224,7 +237,8 @@ def _redrawn(drawn: Any) -> Iterator[None]:
 
     def redraw() -> None:
         while not ended.wait(_REDRAWN):
-            _redraw(drawn)
+            if not drawn.disable:  # it is when it is closed
+                _redraw(drawn)
 
     thread = threading.Thread(target=redraw, name="tv_lens progress", daemon=True)
     thread.start()

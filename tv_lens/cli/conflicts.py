@@ -89,7 +89,8 @@ def conflict(
 ) -> None:
     """Set demonstrations of one task against the vector of another: which one is answered?
 
-    The vector and its layer come from one half of the rival's inputs, and the queries from the other half.
+    The queries come from one half of the rival's inputs. Without --vectors, the vector and its layer come from the
+    other half. Vectors in a file may have been read from the queries, too.
     """
     check_model(model, demo=demo, device=device, dtype=dtype)
     options = FileOptions(input_column, output_column, under, header)
@@ -134,7 +135,7 @@ def conflict(
         (f"with the vector of {other.name}", clash.patched_task, clash.patched_rival),
     )
     show(
-        [{"answers": run, chosen.name: str(own), other.name: str(others)} for run, own, others in scores],
+        [{"prompts": run, chosen.name: str(own), other.name: str(others)} for run, own, others in scores],
         data,
         as_json,
         f"{engine.name}, {len(asked)} prompts with {shots} demonstrations of {chosen.name}\n"

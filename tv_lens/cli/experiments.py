@@ -188,7 +188,7 @@ def report(
     to: Annotated[Path, typer.Option("--to", "-o", help="The page to write, .html.")],
     as_json: Json = False,
 ) -> None:
-    """Make a page of an experiment or a comparison, finished or not: sortable tables and figures. It works offline."""
+    """Make a page of an experiment or a comparison, even an unfinished one. It works offline."""
     check_writable(to, (".html",))
     check_plots()
     is_comparison = check_results(results)

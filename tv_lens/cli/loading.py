@@ -22,7 +22,7 @@ def loading(model: str | None, *, quiet: bool) -> Iterator[None]:
 
 @contextmanager
 def _downloads_alone(quiet: bool) -> Iterator[None]:
-    """Of other libraries' bars show those of downloads, on a terminal."""
+    """Hide the bars of other libraries, except those of downloads on a terminal."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers import utils
 

@@ -114,14 +114,14 @@ class Checkpoints:
         return Experiment(self.settings, tuple(self.results[key] for key in keys), vectors)
 
     def _check_settings(self, folder: Path, before: Settings, *, lacking: bool = False) -> None:
-        """Raise TvLensError unless this run continues the one in the folder, of whose tasks and methods it may be
-        `lacking` some.
+        """Raise TvLensError unless this run continues the one in the folder. With `lacking`, it may have fewer tasks
+        and methods than the folder.
         """
         differences = _differences(before, self.settings)
         may_lack = {"tasks", "method"} if lacking else set()
         refused = [text for name, text in differences.items() if name not in may_lack]
         if refused:
-            advice = "; tasks and methods may be added: name those that it has, too"
+            advice = "; to add tasks or methods, name the existing ones as well"
             raise TvLensError(
                 f"{folder} holds a run with other settings ({'; '.join(refused)}); use another folder for this one"
                 + (advice if {"tasks", "method"} & differences.keys() else "")
@@ -203,27 +203,26 @@ def finished_part(kept: Checkpoints, tasks: Sequence[str], methods: Sequence[str
 
 def _part(settings: Settings, tasks: Sequence[str], methods: Sequence[str]) -> Settings:
     """The settings of a run with only these tasks and methods."""
-    return replace(
-        settings,
-        tasks=tuple(tasks),
-        data={task: settings.data[task] for task in tasks},
-        rules={task: settings.rules[task] for task in tasks},
-        method=", ".join(methods),
-        methods={name: settings.methods[name] for name in methods},
-    )
+    data = {task: settings.data[task] for task in tasks}
+    rules = {task: settings.rules[task] for task in tasks}
+    return _with(settings, data, rules, {name: settings.methods[name] for name in methods})
 
 
 def _joined(before: Settings, now: Settings) -> Settings:
     """The settings of a run with the tasks and methods of both, those of `before` first."""
-    methods = {**before.methods, **now.methods}
-    return replace(
+    tasks = dict.fromkeys((*before.tasks, *now.tasks))
+    data, rules = {**before.data, **now.data}, {**before.rules, **now.rules}
+    return _with(
         now,
-        tasks=tuple(dict.fromkeys((*before.tasks, *now.tasks))),
-        data={**before.data, **now.data},
-        rules={**before.rules, **now.rules},
-        method=", ".join(methods),
-        methods=methods,
+        {task: data[task] for task in tasks},
+        {task: rules[task] for task in tasks},
+        {**before.methods, **now.methods},
     )
+
+
+def _with(settings: Settings, data: dict[str, str], rules: dict[str, str], methods: dict[str, Any]) -> Settings:
+    """The settings with other tasks, those of `data`, and other methods."""
+    return replace(settings, tasks=tuple(data), data=data, rules=rules, method=", ".join(methods), methods=methods)
 
 
 def _differences(before: Settings, now: Settings) -> dict[str, str]:

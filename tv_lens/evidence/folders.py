@@ -13,14 +13,14 @@ from tv_lens.evidence.comparisons import Comparison
 from tv_lens.evidence.results import Experiment
 
 
-class Kept(NamedTuple):
+class FinishedPart(NamedTuple):
     """What is finished, and in words what is not."""
 
     results: Experiment | Comparison
     unfinished: tuple[str, ...]
 
 
-def read_folder(folder: Path) -> Kept:
+def read_folder(folder: Path) -> FinishedPart:
     """What is finished in a folder that `run_experiment` or `compare` keeps: as many results as there are for the same
     methods, and in a comparison the same seeds, of each task.
 
@@ -28,29 +28,33 @@ def read_folder(folder: Path) -> Kept:
         OSError: there is no such folder.
         TvLensError: the folder holds something else, a damaged file, or nothing that is finished.
     """
-    seeds = [each for each in folder.iterdir() if re.fullmatch(r"seed--?\d+", each.name) and each.is_dir()]
-    opened = [_opened(each) for each in seeds or [folder]]
-    used, methods, tasks = _largest_block(opened)
+    seeds = [
+        each
+        for each in folder.iterdir()
+        if re.fullmatch(r"seed--?\d+", each.name) and (each / "settings.json").is_file()
+    ]
+    all_runs = [_opened(each) for each in seeds or [folder]]
+    used, methods, tasks = _largest_block(all_runs)
     if not tasks:
-        raise TvLensError(f"{folder}: nothing is finished yet of {', '.join(opened[0].settings.tasks)}")
+        raise TvLensError(f"{folder}: nothing is finished yet of {', '.join(all_runs[0].settings.tasks)}")
     lacking = [
-        *(task for task in _all(each.settings.tasks for each in opened) if task not in tasks),
-        *(name for name in _all(each.settings.methods for each in opened) if name not in methods),
-        *(f"seed {each.settings.seed}" for each in opened if each not in used),
+        *(task for task in _unique(each.settings.tasks for each in all_runs) if task not in tasks),
+        *(name for name in _unique(each.settings.methods for each in all_runs) if name not in methods),
+        *(f"seed {each.settings.seed}" for each in all_runs if each not in used),
     ]
     in_order = sorted(used, key=lambda each: each.settings.seed)
     parts = tuple(finished_part(each, tasks, methods) for each in in_order)
-    return Kept(Comparison(parts) if seeds else parts[0], tuple(lacking))
+    return FinishedPart(Comparison(parts) if seeds else parts[0], tuple(lacking))
 
 
-def _largest_block(opened: Sequence[Checkpoints]) -> tuple[Sequence[Checkpoints], list[str], list[str]]:
+def _largest_block(all_runs: Sequence[Checkpoints]) -> tuple[Sequence[Checkpoints], list[str], list[str]]:
     """Runs, methods and tasks of which every result is there, as many results as possible."""
-    by_size = sorted(opened, key=lambda each: -len(each.results))
-    known = _all(each.settings.methods for each in opened)
-    ranked = sorted(known, key=lambda name: -sum(method == name for each in opened for _, method in each.results))
+    by_size = sorted(all_runs, key=lambda each: -len(each.results))
+    known = _unique(each.settings.methods for each in all_runs)
+    ranked = sorted(known, key=lambda name: -sum(method == name for each in all_runs for _, method in each.results))
     blocks = [
         (by_size[:n_runs], [name for name in known if name in ranked[:n_methods]])
-        for n_runs in range(len(opened), 0, -1)
+        for n_runs in range(len(all_runs), 0, -1)
         for n_methods in range(len(known), 0, -1)
     ]
     filled = [
@@ -64,7 +68,7 @@ def _has_all(runs: Sequence[Checkpoints], task: str, methods: Sequence[str]) -> 
     return all((task, method) in each.results for each in runs for method in methods)
 
 
-def _all(groups: Iterable[Iterable[str]]) -> list[str]:
+def _unique(groups: Iterable[Iterable[str]]) -> list[str]:
     """All names, each once."""
     return list(dict.fromkeys(name for group in groups for name in group))
 

@@ -133,6 +133,15 @@ def bars(
     }
 
 
+def set_height(figure: go.Figure, height: int) -> None:
+    """Make the figure so many pixels high, with its title at a fixed distance from the top."""
+    figure.update_layout(
+        height=height,
+        title={"yref": "container", "y": 1 - 20 / height, "yanchor": "top"},
+        legend_tracegroupgap=0,
+    )
+
+
 def accuracy_axis(figure: go.Figure, axis: str, **panel: int) -> None:
     """Make an axis that of accuracies: of the whole figure, or of the panel in this `row` and `col`."""
     update = figure.update_xaxes if axis == "x" else figure.update_yaxes

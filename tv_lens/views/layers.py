@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from tv_lens.evidence.results import Experiment, Sweep
-from tv_lens.views.drawing import accuracy_axis, go, make_subplots, method_looks, plain, style
+from tv_lens.views.drawing import accuracy_axis, go, make_subplots, method_looks, plain, set_height, style
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 # Heights in pixels: the least of a panel, a line of the legend, what is between two panels, above the first and below
@@ -90,12 +90,8 @@ class LayerAccuracies:
         style(
             figure, "Accuracy on dev prompts by layer", f"{self.experiments[0].settings.model}, a line for each method"
         )
-        figure.update_layout(
-            height=_ABOVE + inner + _BELOW,
-            margin={"l": 60, "t": _ABOVE, "b": _BELOW},
-            title={"yref": "container", "y": 1 - 20 / (_ABOVE + inner + _BELOW), "yanchor": "top"},
-            legend_tracegroupgap=0,
-        )
+        figure.update_layout(margin={"l": 60, "t": _ABOVE, "b": _BELOW})
+        set_height(figure, _ABOVE + inner + _BELOW)
         layers = [layer for values in self.values.values() for layer in values]
         for i, task in enumerate(self.tasks):
             row, column = divmod(i, n_columns)

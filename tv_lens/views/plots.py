@@ -35,6 +35,7 @@ from tv_lens.views.drawing import (
     method_looks,
     new_figure,
     plain,
+    set_height,
 )
 from tv_lens.views.heads import plot_conditions, plot_head_effects
 from tv_lens.views.learning import plot_learned
@@ -147,9 +148,12 @@ def plot_experiment(experiment: Experiment) -> go.Figure:
         if len(methods) == 1:
             _add_bars(figure, chosen, "patched", "patched", LOOKS["patched"])
         else:
-            _add_bars(figure, chosen, "patched", method, (looks[method][0], _METHOD_PATTERNS[i % 7]))
+            _add_bars(
+                figure, chosen, "patched", method, (looks[method][0], _METHOD_PATTERNS[i % len(_METHOD_PATTERNS)])
+            )
     controls = dict.fromkeys(name for result in results for name in result.evaluation.controls)
     for i, name in enumerate(controls):
+        first = next(result.method for result in results if name in result.evaluation.controls)
         for method in methods:
             having = [r for r in results if r.method == method and name in r.evaluation.controls]
             bar = plain(method) if len(methods) > 1 else "patched"
@@ -170,18 +174,16 @@ def plot_experiment(experiment: Experiment) -> go.Figure:
                 },
                 name=f"control: {plain(name)}",
                 legendgroup=f"control: {plain(name)}",
-                showlegend=method == methods[0],
+                showlegend=method == first,
             )
     per_task = 52 if len(methods) == 1 else 20 + 15 * (2 + len(methods))
     figure.update_layout(
         barmode="group",
         scattermode="group",
         bargap=0.25 if len(methods) == 1 else 0.15,
-        height=180 + per_task * len(tasks),
         margin_t=80,
-        title={"yref": "container", "y": 1 - 20 / (180 + per_task * len(tasks)), "yanchor": "top"},
-        legend_tracegroupgap=0,
     )
+    set_height(figure, 180 + per_task * len(tasks))
     figure.update_yaxes(automargin=True, title="task", type="category", autorange="reversed")  # the first on top
     accuracy_axis(figure, "x")
     return figure
