@@ -94,6 +94,31 @@ def test_a_terminal_shows_what_is_done_and_how_far_it_is(terminal: Terminal) -> 
     assert not last[-1].strip()  # nothing is left behind
 
 
+def test_bars_can_be_turned_off(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `TQDM_DISABLE=1`, which makes tqdm's bars inert."""
+    shown = progress._options
+    monkeypatch.setattr(progress, "_options", lambda made: {**shown(made), "disable": True})
+    with whole_bar(6, "results") as whole:
+        whole.describe("antonyms", "extract")
+        whole.skip()
+        whole.update()
+        with stage("sweep"), bar(50) as rows:
+            rows.update(20)
+        assert (whole.count, rows.count) == (2, 20)
+    assert terminal.getvalue() == ""
+
+
+def test_a_warning_before_a_bar_is_due_leaves_no_bar_behind(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_DELAY", 60.0)
+    with bar(50, "rows"), std.tqdm.external_write_mode(file=terminal):
+        terminal.write("a warning\n")
+    assert "a warning" in terminal.drawn()
+    last = re.split(r"[\r\n]", ESCAPE.sub("", terminal.getvalue()))
+    assert not last[-1].strip()
+
+
 @pytest.mark.parametrize("columns", [20, 40, 60, 80, 200])
 def test_a_line_fits_the_window(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     """In a pseudo-terminal of that size."""
