@@ -530,7 +530,7 @@ def test_a_folder_is_extended_and_reported(
     assert [len(actual["settings"][name]) for name in ("tasks", "methods")] == [2, 2]
     assert kept.items() <= {path: path.stat().st_mtime_ns for path in Path(folder).glob("*.safetensors")}.items()
     code, _, err = call(capsys, "run", "to_upper", *small, *methods, "--folder", folder)
-    assert (code, "name those that it has, too" in err) == (1, True)
+    assert (code, "name the existing ones as well" in err) == (1, True)
     code, _, err = call(capsys, "run", pairs, "to_upper", *small, *methods, "--folder", folder, "--seed", "1")
     assert (code, "seed was 0, is 1" in err) == (1, True)
 

@@ -532,7 +532,7 @@ def test_a_folder_of_another_run_is_refused(llama: Twins, tmp_path: Path) -> Non
         ([WORDS], {"shots": 3}, "shots was 2, is 3"),
         ([WORDS], {"across": True}, "method was extract, is extract_across"),
         ([changed], {}, "data was"),
-        ([OTHER], {}, "tasks was .*name those that it has, too"),
+        ([OTHER], {}, "tasks was .*name the existing ones as well"),
         ([replace(WORDS, accepts=tv.exact_match)], {}, "rules was .*odd.*, is .*exact_match"),
     ):
         with pytest.raises(ValueError, match=message):
