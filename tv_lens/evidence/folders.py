@@ -14,7 +14,7 @@ from tv_lens.evidence.results import Experiment
 
 
 class FinishedPart(NamedTuple):
-    """What is finished, and in words what is not."""
+    """What is finished, and in words what is not, except for seeds that have not begun: they leave nothing behind."""
 
     results: Experiment | Comparison
     unfinished: tuple[str, ...]
