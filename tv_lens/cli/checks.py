@@ -184,8 +184,11 @@ def check_writable(path: Path, suffixes: Sequence[str]) -> None:
         raise UsageError(f"{path}: there is no folder {path.parent}")
 
 
-def check_plots() -> None:
-    """Refuse a page if what draws its figures is missing, before the work and not after it."""
+def check_page(path: Path | None) -> None:
+    """Refuse a page, if there is to be one, that could not be written or drawn, before the work and not after it."""
+    if path is None:
+        return
+    check_writable(path, (".html",))
     try:
         import plotly  # noqa: F401 - whether it is there
     except ImportError as error:

@@ -14,7 +14,7 @@ from tv_lens.cli.checks import (
     UsageError,
     check_comparison_folder,
     check_model,
-    check_plots,
+    check_page,
     check_writable,
     chosen_methods,
     chosen_strengths,
@@ -102,9 +102,7 @@ def compare(
     chosen = with_rule(chosen_tasks(names, FileOptions(input_column, output_column, under, header)), rule)
     if save is not None:
         check_writable(save, (".json", ".parquet"))
-    if report is not None:
-        check_writable(report, (".html",))
-        check_plots()
+    check_page(report)
     drawn = whole_numbers("--seeds", seeds)
     tried = None if layers is None else whole_numbers("--layers", layers)
     factors = chosen_strengths(strengths)

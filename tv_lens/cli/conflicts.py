@@ -13,9 +13,8 @@ from tv_lens.cli.checks import (
     FileOptions,
     UsageError,
     check_model,
-    check_plots,
+    check_page,
     check_vectors,
-    check_writable,
     chosen_method,
     chosen_tasks,
     with_rule,
@@ -47,7 +46,7 @@ from tv_lens.cli.options import (
     TemplateText,
     Under,
 )
-from tv_lens.cli.output import records, show
+from tv_lens.cli.output import records, show, write_figure
 from tv_lens.progress import stage
 
 
@@ -95,9 +94,7 @@ def conflict(
     check_model(model, demo=demo, device=device, dtype=dtype)
     options = FileOptions(input_column, output_column, under, header)
     chosen, other = with_rule(chosen_tasks([task, rival], options), rule)
-    if plot is not None:
-        check_writable(plot, (".html",))
-        check_plots()
+    check_page(plot)
     if vectors is not None:
         check_vectors(vectors)
     if vectors is not None and method is not None:
@@ -122,7 +119,7 @@ def conflict(
             layer = tv.sweep_layers(engine, dev, dev_prompts, mean, max_new_tokens=max_new_tokens).best
     clash = tv.conflict(engine, chosen, other, asked, mean, layer, max_new_tokens=max_new_tokens)
     if plot is not None:
-        clash.plot().write_html(plot, include_plotlyjs=True)
+        write_figure(clash.plot(), plot)
     data = {
         "task": chosen.name,
         "rival": other.name,

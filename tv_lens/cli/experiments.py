@@ -14,7 +14,7 @@ from tv_lens.cli.checks import (
     UsageError,
     check_folder,
     check_model,
-    check_plots,
+    check_page,
     check_results,
     check_writable,
     chosen_methods,
@@ -127,9 +127,7 @@ def run(
     chosen = with_rule(chosen_tasks(names, options) if names else tasks_in(category), rule)
     if save is not None:
         check_writable(save, (".json", ".parquet"))
-    if report is not None:
-        check_writable(report, (".html",))
-        check_plots()
+    check_page(report)
     if folder is not None:
         check_folder(folder)
     wording = Wording.of(template, separator, chat=chat, one_turn=one_turn, system=system)
@@ -189,8 +187,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Make a page of an experiment or a comparison, even an unfinished one. It works offline."""
-    check_writable(to, (".html",))
-    check_plots()
+    check_page(to)
     is_comparison = check_results(results)
     unfinished: tuple[str, ...] = ()
     made: tv.Experiment | tv.Comparison

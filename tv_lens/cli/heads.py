@@ -9,7 +9,7 @@ import typer
 
 import tv_lens as tv
 from tv_lens.cli.app import app
-from tv_lens.cli.checks import FileOptions, check_model, check_writable, chosen_task
+from tv_lens.cli.checks import FileOptions, check_model, check_page, check_writable, chosen_task
 from tv_lens.cli.loading import Wording, load_engine, loading
 from tv_lens.cli.options import (
     TEMPLATE,
@@ -33,7 +33,7 @@ from tv_lens.cli.options import (
     TemplateText,
     Under,
 )
-from tv_lens.cli.output import records, show
+from tv_lens.cli.output import records, show, write_figure
 from tv_lens.progress import stage
 
 
@@ -73,9 +73,10 @@ def heads(
     """Show which attention heads carry a task: the effect of each on prompts with permuted outputs."""
     check_model(model, demo=demo, device=device, dtype=dtype)
     chosen = chosen_task(task, FileOptions(input_column, output_column, under, header))
-    for path, kind in ((save, ".safetensors"), (vector, ".safetensors"), (plot, ".html")):
+    for path in (save, vector):
         if path is not None:
-            check_writable(path, (kind,))
+            check_writable(path, (".safetensors",))
+    check_page(plot)
     wording = Wording.of(template, separator, chat=chat, one_turn=one_turn, system=system)
     asked = chosen.sample(prompts, shots=shots, seed=seed, template=wording.format())
     with loading(model, quiet=quiet):
@@ -98,7 +99,7 @@ def heads(
     if vector is not None:
         tv.function_vector(engine, read, best).save(vector)
     if plot is not None:
-        effects.plot(mark=top).write_html(plot, include_plotlyjs=True)
+        write_figure(effects.plot(mark=top), plot)
     table = effects.to_pandas().head(top)
     data = {
         "task": chosen.name,

@@ -9,7 +9,15 @@ import typer
 
 import tv_lens as tv
 from tv_lens.cli.app import app
-from tv_lens.cli.checks import FileOptions, UsageError, check_model, check_writable, chosen_task, whole_numbers
+from tv_lens.cli.checks import (
+    FileOptions,
+    UsageError,
+    check_model,
+    check_page,
+    check_writable,
+    chosen_task,
+    whole_numbers,
+)
 from tv_lens.cli.loading import Wording, load_engine, loading
 from tv_lens.cli.options import (
     TEMPLATE,
@@ -34,7 +42,7 @@ from tv_lens.cli.options import (
     TemplateText,
     Under,
 )
-from tv_lens.cli.output import records, show
+from tv_lens.cli.output import records, show, write_figure
 from tv_lens.progress import stage
 
 
@@ -80,9 +88,10 @@ def learn(
 ) -> None:
     """Train vectors by gradient to answer a task's queries without demonstrations, and save them."""
     check_model(model, demo=demo, device=device, dtype=dtype)
-    for path, kind in ((to, ".safetensors"), (resume, ".safetensors"), (plot, ".html")):
+    for path in (to, resume):
         if path is not None:
-            check_writable(path, (kind,))
+            check_writable(path, (".safetensors",))
+    check_page(plot)
     if resume is not None and resume.resolve() == to.resolve():
         raise UsageError(f"--to and --resume are both {to}; keep the training in another file than the vectors")
     if objective not in ("answer", "few-shot") or how not in ("add", "overwrite"):
@@ -114,7 +123,7 @@ def learn(
         )
     learned.vectors.save(to)
     if plot is not None:
-        learned.plot().write_html(plot, include_plotlyjs=True)
+        write_figure(learned.plot(), plot)
     table = learned.best()
     data = {
         "task": chosen.name,
@@ -127,4 +136,4 @@ def learn(
     chosen_layer = f"best layer {learned.best_layers[0]}, " if learned.best_layers else ""
     title = f"{engine.name}, {chosen.name}, {len(asked)} prompts\n{chosen_layer}saved as {to}"
     by_layer = table[["layer", *(name for name in table if name != "layer")]].assign(**{"": best})
-    show(by_layer, data, as_json, title, strong=0 if learned.best_layers else None)
+    show(by_layer, data, as_json, title, bold_row=0 if learned.best_layers else None)

@@ -16,6 +16,7 @@ import tv_lens as tv
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -43,9 +44,9 @@ def show(
     title: str | None = None,
     *,
     keys: int = 1,
-    strong: int | None = None,
+    bold_row: int | None = None,
 ) -> None:
-    """Print the data as JSON, or the table, whose first `keys` columns name a row, and whose row `strong` is bold."""
+    """Print the data as JSON, or the table, whose first `keys` columns name a row, and whose row `bold_row` is bold."""
     if as_json:
         from tv_lens.files import to_json
 
@@ -56,7 +57,14 @@ def show(
 
     from tv_lens.cli.tables import print_table
 
-    print_table(pd.DataFrame(table), title, keys, strong)
+    print_table(pd.DataFrame(table), title, keys, bold_row)
+
+
+def write_figure(figure: go.Figure, path: Path) -> None:
+    """Write a figure as a page that works offline."""
+    from tv_lens.files import write_whole
+
+    write_whole(path, figure.to_html(include_plotlyjs=True).encode())
 
 
 def warn_in_one_line(

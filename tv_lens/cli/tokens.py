@@ -9,10 +9,10 @@ import typer
 
 import tv_lens as tv
 from tv_lens.cli.app import app
-from tv_lens.cli.checks import check_model, check_plots, check_vectors, check_writable
+from tv_lens.cli.checks import check_model, check_page, check_vectors
 from tv_lens.cli.loading import load_engine, loading
 from tv_lens.cli.options import BatchSize, Demo, Device, Dtype, Json, ModelName, Quiet
-from tv_lens.cli.output import records, show
+from tv_lens.cli.output import records, show, write_figure
 
 
 @app.command()
@@ -33,16 +33,14 @@ def tokens(
 ) -> None:
     """Show the tokens that a task's vector points to, through the model's final norm and unembedding."""
     check_model(model, demo=demo, device=device, dtype=dtype)
-    if plot is not None:
-        check_writable(plot, (".html",))
-        check_plots()
+    check_page(plot)
     check_vectors(vectors)
     mean = tv.TaskVectors.load(vectors).mean()
     with loading(model, quiet=quiet):
         engine = load_engine(model, device=device, dtype=dtype, batch_size=batch_size, quiet=quiet)
     read = tv.top_tokens(engine, mean, layer, k=top)
     if plot is not None:
-        read.plot().write_html(plot, include_plotlyjs=True)
+        write_figure(read.plot(), plot)
     table = read.to_pandas().drop(columns="vector")
     data = {"task": mean.task, "model": engine.name, "layer": layer, "tokens": records(table)}
     show(_with_bars(records(table)), data, as_json, f"{mean.task} of {mean.model}, layer {layer}: top tokens")

@@ -171,7 +171,7 @@ def sweep(
         {"task": chosen.name, "best": result.best, "ties": result.ties, "layers": records(result.to_pandas())},
         as_json,
         f"{engine.name}, {chosen.name}, {len(asked)} prompts\nbest layer {result.best}: {result.at(result.best)}",
-        strong=result.layers.index(result.best),
+        bold_row=result.layers.index(result.best),
     )
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from tv_lens.answers import first_token
 from tv_lens.engines import Capability, Engine, Prefixes, Reads, sharing_reads
@@ -48,6 +49,8 @@ from tv_lens.provenance import versions
 from tv_lens.tasks import Task, fingerprint
 from tv_lens.tasks.halves import train_dev_test
 from tv_lens.vectors import TaskVectors
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -364,19 +367,18 @@ class Run:
         scores = tests.scores(_on_test(made, self.plans[i]), tuned) if made else {}
         early = {control.name for control in self.design.early_controls} & set(before.controls)
         names = [control.name for control in self.design.controls if control.name in {*early, *made}]
+        sweeps = {each: tuned[each].sweep for each in made}
         layers = {each: written_layers(made[each], tuned[each].choice.layer) for each in made}
         strengths = {each: tuned[each].choice.strength for each in made}
         return replace(
             kept,
             other_task=self._name_of(other),
-            control_sweeps={each: tuned[each].sweep if each in made else kept.control_sweeps[each] for each in names},
+            control_sweeps=_updated(kept.control_sweeps, sweeps, names),
             evaluation=replace(
                 before,
-                controls={each: scores[each] if each in made else before.controls[each] for each in names},
-                control_layers={each: layers[each] if each in made else before.control_layers[each] for each in names},
-                control_strengths={
-                    each: strengths[each] if each in made else before.control_strengths[each] for each in names
-                },
+                controls=_updated(before.controls, scores, names),
+                control_layers=_updated(before.control_layers, layers, names),
+                control_strengths=_updated(before.control_strengths, strengths, names),
             ),
         )
 
@@ -412,6 +414,11 @@ class Run:
             if vectors is not None:
                 made[control.name] = vectors
         return made
+
+
+def _updated(before: Mapping[str, Value], new: Mapping[str, Value], names: Sequence[str]) -> dict[str, Value]:
+    """The values of these names in this order, new if there is one."""
+    return {name: new[name] if name in new else before[name] for name in names}
 
 
 def _on_dev(vectors: Mapping[str, TaskVectors], plan: TaskPlan) -> dict[str, TaskVectors]:
